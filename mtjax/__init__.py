@@ -1,0 +1,1 @@
+"""Train, balance and merge multi-task models in JAX with optax transforms."""
