@@ -1,0 +1,222 @@
+"""Gradients that know their tasks: a pullback with views, not K gradients in memory."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtjax.gradients.split import ParameterSplit, path_name
+
+PyTree = Any
+
+
+class Engine(Protocol):
+    """How per-task gradients are computed. The engines give the same numbers."""
+
+    name: str
+
+    def pull(self, weights: Float[Array, " tasks"]) -> PyTree:
+        """Params-shaped sum of the tasks' gradients with the given weights."""
+
+    def stack(self) -> PyTree:
+        """Params-shaped, every leaf with a leading task axis."""
+
+    def gramian(self) -> Float[Array, "tasks tasks"]:
+        """Inner products of the tasks' gradients, float32."""
+
+
+class TaskGradients:
+    """The gradients of several task losses, computed only as far as they are asked for.
+
+    Made by `mtjax.value_and_task_grads`, or by `from_stacked` from gradients that are
+    there already. Consumed by the transforms of `mtjax.balancing`, which stand before
+    the optimizer in an `optax.chain`.
+
+    It is not a pytree, on purpose: a transform that does not know about tasks raises
+    instead of computing something that looks like an update. Inside `jit` nothing is
+    computed twice and nothing is computed that is not used.
+
+    Attributes:
+      split: which task reaches which parameter (`mtjax.ParameterSplit`).
+    """
+
+    def __init__(
+        self,
+        split: ParameterSplit,
+        engine: Engine,
+        factors: Float[Array, " tasks"] | None = None,
+    ):
+        """Wraps an engine; `factors` scale the tasks' gradients (none: all one)."""
+        self.split = split
+        self._engine = engine
+        self._factors = factors
+
+    @classmethod
+    def from_stacked(
+        cls, grads: PyTree, tasks: Sequence[str] | None = None
+    ) -> "TaskGradients":
+        """Wraps gradients stacked on a leading task axis; all of them count as shared.
+
+        Args:
+          grads: params-shaped, every leaf of shape `(tasks, *leaf.shape)`.
+          tasks: sorted task names; "0", "1", … if not given.
+
+        Returns:
+          The task gradients.
+
+        Raises:
+          ValueError: if the leading axes of two leaves differ, or differ from the
+            number of `tasks`.
+        """
+        leaves = jax.tree_util.tree_leaves_with_path(grads)
+        sizes = {path_name(p): jnp.shape(x)[:1] for p, x in leaves}
+        if len(set(sizes.values())) != 1 or () in sizes.values():
+            raise ValueError(
+                "Stacked gradients must have one leading task axis of the same size on "
+                f"every leaf, got {sizes}; stack the tasks' gradients with "
+                "`jax.tree.map(lambda *g: jnp.stack(g), *grads_per_task)`."
+            )
+        (num_tasks,) = next(iter(sizes.values()))
+        if tasks is None:
+            tasks = tuple(str(i) for i in range(num_tasks))
+        if len(tasks) != num_tasks:
+            raise ValueError(
+                f"`tasks` must name the {num_tasks} tasks of the leading axis, got "
+                f"{tuple(tasks)}."
+            )
+        split = ParameterSplit(
+            tasks=tuple(tasks),
+            owners=jax.tree.map(lambda _: tuple(tasks), grads),
+            shared=jax.tree.map(lambda _: True, grads),
+        )
+        return cls(split, _Stacked(grads))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names, sorted: the order of every `(tasks,)` array."""
+        return self.split.tasks
+
+    @property
+    def shared(self) -> PyTree:
+        """Params-shaped: True where a leaf counts as shared."""
+        return self.split.shared
+
+    def gramian(self) -> Float[Array, "tasks tasks"]:
+        """Inner products of the tasks' gradients on the shared parameters, float32."""
+        gramian = self._engine.gramian()
+        if self._factors is None:
+            return gramian
+        return gramian * jnp.outer(self._factors, self._factors)
+
+    def combine(self, weights: Float[Array, " tasks"] | None = None) -> PyTree:
+        """One update: weighted on shared leaves, each task's own gradient on its own.
+
+        Costs one backward pass (plus, with `weights`, one through the task-specific
+        layers alone). To weigh task-specific leaves as well, `scale` first.
+
+        Args:
+          weights: one weight per task, in the order of `tasks`; none means ones.
+
+        Returns:
+          Params-shaped, in the parameters' types; zero on leaves that no loss reaches.
+        """
+        ones = jnp.ones(len(self.tasks), jnp.float32)
+        own_weights = ones if self._factors is None else self._factors
+        if weights is None:
+            return self._engine.pull(own_weights)
+        if weights.shape != ones.shape:
+            raise ValueError(
+                f"`weights` must have one entry for each of the tasks {self.tasks}, "
+                f"got shape {weights.shape}."
+            )
+        shared = self._engine.pull(own_weights * weights.astype(jnp.float32))
+        if all(jax.tree.leaves(self.shared)):
+            return shared
+        own = self._engine.pull(own_weights)
+        return jax.tree.map(
+            lambda is_shared, s, o: s if is_shared else o, self.shared, shared, own
+        )
+
+    def stack(self) -> PyTree:
+        """Every leaf with a leading task axis: K backward passes, K times the memory.
+
+        Returns:
+          Params-shaped, leaves of shape `(tasks, *leaf.shape)`; zero rows where a
+          task does not reach a leaf.
+        """
+        stacked = self._engine.stack()
+        if self._factors is None:
+            return stacked
+        return jax.tree.map(
+            lambda g: (
+                g * self._factors.astype(g.dtype).reshape(-1, *[1] * (g.ndim - 1))
+            ),
+            stacked,
+        )
+
+    def scale(self, weights: Float[Array, " tasks"]) -> "TaskGradients":
+        """Scales each task's gradient, on shared and on task-specific leaves. Free."""
+        if weights.shape != (len(self.tasks),):
+            raise ValueError(
+                f"`weights` must have one entry for each of the tasks {self.tasks}, "
+                f"got shape {weights.shape}."
+            )
+        weights = weights.astype(jnp.float32)
+        if self._factors is not None:
+            weights = weights * self._factors
+        return TaskGradients(self.split, self._engine, weights)
+
+    def __repr__(self) -> str:
+        """Names the tasks and the engine."""
+        return f"TaskGradients(tasks={self.tasks}, engine={self._engine.name!r})"
+
+    def __jax_array__(self):
+        """Raises: task gradients are not an array."""
+        raise TypeError(
+            "A transform that needs plain gradients got `TaskGradients`. Put a "
+            "balancer such as `mtjax.pcgrad()` before it in `optax.chain`."
+        )
+
+
+class _Stacked:
+    """Engine over gradients that are in memory already."""
+
+    name = "given"
+
+    def __init__(self, grads: PyTree):
+        self._grads = grads
+
+    def pull(self, weights):
+        return jax.tree.map(
+            lambda g: jnp.einsum(
+                "k,k...->...", weights, g, precision=jax.lax.Precision.HIGHEST
+            ).astype(g.dtype),
+            self._grads,
+        )
+
+    def stack(self):
+        return self._grads
+
+    def gramian(self):
+        return gramian_of_rows(jax.tree.leaves(self._grads))
+
+
+def gramian_of_rows(leaves: Sequence[Array]) -> Float[Array, "tasks tasks"]:
+    """Sums the inner products over leaves with a leading task axis, in float32.
+
+    All trailing axes are contracted as they are: a reshape would make the compiler
+    gather leaves that are sharded over devices.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for leaf in leaves:
+        axes = tuple(range(1, leaf.ndim))
+        total = total + jax.lax.dot_general(
+            leaf,
+            leaf.conj(),
+            ((axes, axes), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+    return total

@@ -1,0 +1,106 @@
+"""From a function of per-task losses to its gradients per task."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from mtjax.gradients._axis import device_local
+from mtjax.gradients.representation import compose, with_probes
+from mtjax.gradients.stacked import StackedEngine
+from mtjax.gradients.task_gradients import TaskGradients
+from mtjax.gradients.trace import trace_losses
+
+LossesFn = Callable[..., Any]
+EngineName = Literal["auto", "stacked", "representation"]
+
+
+def value_and_task_grads(
+    losses_fn: LossesFn | tuple[Callable[..., Any], LossesFn],
+    *,
+    shared: Callable[[str], bool] | None = None,
+    engine: EngineName = "auto",
+    has_aux: bool = False,
+    axis_name: str | None = None,
+) -> Callable[..., tuple[Any, TaskGradients]]:
+    """Like `jax.value_and_grad`, for a dictionary of losses, one per task.
+
+    Args:
+      losses_fn: `losses_fn(params, *args, **kwargs) -> {task: scalar loss}`. The
+        arguments are free: one batch with masks, a dictionary of per-task batches, a
+        key. For the representation engine a pair `(encode, losses_from_representation)`
+        with `encode(params, *args) -> z` and
+        `losses_from_representation(params, z, *args) -> {task: loss}`.
+      shared: which parameters to balance, as a predicate on the leaf's path
+        (`"encoder/dense_0/kernel"`). None infers it: a leaf is shared if two or more
+        losses reach it. A leaf that is declared not shared follows the plain sum of
+        the gradients of the tasks that reach it; with a single task nothing is shared.
+      engine: how per-task gradients are computed. "stacked" is exact. "representation"
+        takes the Gramian of the gradients at the shared representation `z` instead of
+        the shared parameters: a different, cheaper method (the -UB variants), not an
+        approximation of the same numbers. "auto" is "representation" for a pair and
+        "stacked" otherwise.
+      has_aux: whether `losses_fn` returns `(losses, aux)`.
+      axis_name: inside `shard_map` or `pmap`, the axis over which the batch is split:
+        losses and per-task gradients are averaged over it before anything else, so
+        every device computes the same update as one device with the whole batch. Not
+        needed under plain `jit` with sharded arrays.
+
+    Returns:
+      A function of `(params, *args, **kwargs)` that returns `(losses, grads)`, or
+      `((losses, aux), grads)`: the losses as returned, `grads` a `TaskGradients`.
+
+    Raises:
+      TypeError: if parameters are not floating-point, or `losses_fn` does not return a
+        dictionary of floating-point scalars.
+      ValueError: if there are no losses, no parameters, or an unknown `engine`.
+
+    Example:
+      >>> import jax.numpy as jnp, mtjax
+      >>> def losses_fn(params, x):
+      ...     return {"left": jnp.sum((params - x) ** 2), "up": jnp.sum(params * x)}
+      >>> grad_fn = mtjax.value_and_task_grads(losses_fn)
+      >>> losses, grads = grad_fn(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
+      >>> grads.tasks
+      ('left', 'up')
+      >>> print(grads.gramian())
+      [[8. 2.]
+       [2. 1.]]
+      >>> print(grads.combine(jnp.array([0.5, 1.0])))
+      [1. 2.]
+    """
+    is_pair = isinstance(losses_fn, tuple)
+    if engine not in ("auto", "stacked", "representation"):
+        raise ValueError(
+            f"`engine` must be 'auto', 'stacked' or 'representation', got {engine!r}."
+        )
+    if engine == "representation" and not is_pair:
+        raise ValueError(
+            "`engine='representation'` needs `losses_fn` to be a pair "
+            "(encode, losses_from_representation), got a single function."
+        )
+    at_representation = is_pair and engine != "stacked"
+    whole = compose(*losses_fn) if isinstance(losses_fn, tuple) else losses_fn
+
+    def grad_fn(params, *args, **kwargs):
+        if axis_name is not None:
+            params = jax.tree.map(lambda x: device_local(x, axis_name), params)
+        traced = trace_losses(whole, params, args, kwargs, shared, has_aux)
+        program, leaves, num_probes = traced.program, jax.tree.leaves(params), 0
+        if at_representation:
+            program, probes = with_probes(losses_fn, params, args, kwargs, has_aux)
+            if axis_name is not None:
+                probes = [device_local(x, axis_name) for x in probes]
+            leaves, num_probes = leaves + probes, len(probes)
+        losses, pullback, aux = jax.vjp(program, *leaves, has_aux=True)
+        dtypes = [loss.dtype for loss in losses]
+        grads = TaskGradients(
+            traced.split,
+            StackedEngine(pullback, dtypes, traced.split, axis_name, num_probes),
+        )
+        if axis_name is not None:
+            losses = jax.lax.pmean(losses, axis_name)
+        named = dict(zip(traced.split.tasks, losses))
+        return ((named, aux) if has_aux else named), grads
+
+    return grad_fn
