@@ -29,7 +29,7 @@ def reaching_inputs(
       One set per output, a superset of the truth: a primitive that is not known is
       taken to let every input reach every output.
     """
-    reached = {var: 0 for var in jaxpr.constvars}
+    reached = dict.fromkeys(jaxpr.constvars, 0)
     reached.update(zip(jaxpr.invars, inputs))
 
     def read(atom) -> InputSet:

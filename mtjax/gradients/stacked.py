@@ -19,16 +19,7 @@ _MAX_UNROLLED_ON_CPU = 16
 
 
 class StackedEngine:
-    """Per-task gradients as rows of a Jacobian, averaged over devices if asked.
-
-    Args:
-      pullback: maps one cotangent per loss to one cotangent per leaf.
-      loss_dtypes: the types of the losses, in the order of the tasks.
-      split: the parameter split; its leaves are the first leaves of the pullback.
-      axis_name: mesh or `pmap` axis to average gradients over.
-      num_probes: how many further leaves (a shared representation) the pullback has;
-        if any, the Gramian is taken of these instead of the shared parameters.
-    """
+    """Per-task gradients as rows of a Jacobian, averaged over devices if asked."""
 
     def __init__(
         self,
@@ -38,6 +29,16 @@ class StackedEngine:
         axis_name: str | None = None,
         num_probes: int = 0,
     ):
+        """Wraps a pullback.
+
+        Args:
+          pullback: maps one cotangent per loss to one cotangent per leaf.
+          loss_dtypes: the types of the losses, in the order of the tasks.
+          split: the parameter split; its leaves are the pullback's first leaves.
+          axis_name: mesh or `pmap` axis to average gradients over.
+          num_probes: how many further leaves (a shared representation) the pullback
+            has; if any, the Gramian is taken of these, not of the shared parameters.
+        """
         self.name = "representation" if num_probes else "stacked"
         self._pullback = pullback
         self._loss_dtypes = loss_dtypes
@@ -46,15 +47,18 @@ class StackedEngine:
         self._num_probes = num_probes
 
     def pull(self, weights: Float[Array, " tasks"]) -> PyTree:
+        """Params-shaped sum of the tasks' gradients with the given weights."""
         leaves = self._raw_pull(weights)
         params = leaves[: len(leaves) - self._num_probes]
         return self._unflatten(self._average(params))
 
     def stack(self) -> PyTree:
+        """Params-shaped, every leaf with a leading task axis."""
         rows = self._rows(lambda leaves: leaves[: len(leaves) - self._num_probes])
         return self._unflatten(self._average(rows))
 
     def gramian(self) -> Float[Array, "tasks tasks"]:
+        """Inner products of the tasks' gradients, float32."""
         num_tasks = len(self._loss_dtypes)
         if self._num_probes:
             gramian = gramian_of_rows(
