@@ -1,1 +1,13 @@
+"""Optax transforms for task gradients that do not combine them."""
 
+from mtjax.transforms.clip_per_task import clip_per_task
+from mtjax.transforms.freeze_absent import freeze_absent
+from mtjax.transforms.normalize_per_task import normalize_per_task
+from mtjax.transforms.scale_by_weighting import scale_by_weighting
+
+__all__ = [
+    "clip_per_task",
+    "freeze_absent",
+    "normalize_per_task",
+    "scale_by_weighting",
+]

@@ -1,0 +1,47 @@
+"""A loss weighting in front of any other balancer."""
+
+import jax.numpy as jnp
+import optax
+
+from mtjax.balancing.balancer import balancer
+from mtjax.gradients import TaskGradients
+
+
+def scale_by_weighting(
+    weighting: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the tasks' gradients by the weights of a loss weighting.
+
+    `optax.chain(scale_by_weighting(uw(2)), pcgrad(), adam(1e-3))` weighs the losses by
+    their uncertainty and then resolves the conflicts of the weighted losses.
+
+    Args:
+      weighting: a balancer whose weights depend on the losses alone, such as
+        `mtjax.uw`, `mtjax.dwa`, `mtjax.famo` (without `optimizer`), `mtjax.constant`.
+
+    Returns:
+      A transform from task gradients to task gradients.
+
+    Example:
+      >>> import jax.numpy as jnp, mtjax
+      >>> weigh = scale_by_weighting(mtjax.constant([1.0, 2.0]))
+      >>> tx = optax.chain(weigh, mtjax.mgda(), optax.sgd(1.0))
+      >>> updates, _ = tx.update(jnp.eye(2), tx.init(jnp.zeros(2)))
+      >>> print(updates)
+      [-0.8 -0.4]
+    """
+
+    def update(grads, state, step):
+        # Of a Jacobian that is the identity, the weighted sum is the weights.
+        identity = TaskGradients.from_stacked(jnp.eye(len(grads.tasks)), grads.tasks)
+        weights, state = weighting.update(
+            identity,
+            state,
+            None,
+            losses=step.losses,
+            present=step.present,
+            key=step.key,
+        )
+        return grads.scale(weights), state
+
+    return balancer("scale_by_weighting", weighting.init, update)
