@@ -1,1 +1,70 @@
+"""Training: state, step, loop, checkpoints, meshes, metrics and loggers."""
 
+from mtjax.training.checkpoint import Checkpoints
+from mtjax.training.comparison import DeltaM, delta_m, mean_rank
+from mtjax.training.logging import (
+    JsonlLogger,
+    Logger,
+    TensorBoardLogger,
+    WandbLogger,
+    combine_loggers,
+)
+from mtjax.training.loop import EarlyStop, fit
+from mtjax.training.mesh import (
+    data_mesh,
+    fully_sharded,
+    initialize_distributed,
+    replicate,
+    shard_batch,
+)
+from mtjax.training.metrics import (
+    ACCURACY,
+    AVERAGE_PRECISION,
+    F1,
+    F1_MACRO,
+    LOG_LOSS,
+    MAE,
+    PEARSON,
+    R2,
+    RMSE,
+    ROC_AUC,
+    Metric,
+    score,
+)
+from mtjax.training.run_config import ConfigMismatchError
+from mtjax.training.state import TrainState
+from mtjax.training.step import make_train_step
+
+__all__ = [
+    "ACCURACY",
+    "AVERAGE_PRECISION",
+    "F1",
+    "F1_MACRO",
+    "LOG_LOSS",
+    "MAE",
+    "PEARSON",
+    "R2",
+    "RMSE",
+    "ROC_AUC",
+    "Checkpoints",
+    "ConfigMismatchError",
+    "DeltaM",
+    "EarlyStop",
+    "JsonlLogger",
+    "Logger",
+    "Metric",
+    "TensorBoardLogger",
+    "TrainState",
+    "WandbLogger",
+    "combine_loggers",
+    "data_mesh",
+    "delta_m",
+    "fit",
+    "fully_sharded",
+    "initialize_distributed",
+    "make_train_step",
+    "mean_rank",
+    "replicate",
+    "score",
+    "shard_batch",
+]

@@ -57,7 +57,7 @@ def accumulated(
 
     def mean_losses(params, batch, *, model_state=None, key=None):
         parts = split_batch(batch, num_micro)
-        keys = jax.random.split(key, num_micro) if with_key else None
+        keys = None if key is None else jax.random.split(key, num_micro)
         losses, model_state, aux = _loop(micro)(params, parts, model_state, keys)
         losses = jax.tree.map(lambda total: total / num_micro, losses)
         if with_model_state:

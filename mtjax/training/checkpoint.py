@@ -11,7 +11,7 @@ damaged. Neither is ever handed to orbax.
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -84,7 +84,7 @@ class Checkpoints:
             raise ValueError(
                 f"`keep_best` must end with 'min' or 'max', got {keep_best[1]!r}."
             )
-        self._keep, self._keep_best = keep, keep_best
+        self._keep, self.keep_best = keep, keep_best
         self._directory = Path(directory).resolve()
         self._folder = self._directory / "checkpoints"
         self._damaged: set[int] = set()
@@ -140,9 +140,9 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step of the best checkpoint by ``keep_best``, the first one among equals."""
-        if self._keep_best is None:
+        if self.keep_best is None:
             return None
-        metric, mode = self._keep_best
+        metric, mode = self.keep_best
         sign = 1.0 if mode == "min" else -1.0
         values = {}
         for step in sorted(self._steps()):
@@ -200,13 +200,15 @@ class Checkpoints:
             "data_states": _gather_json(encode_data_state(data_state)),
         }
         _barrier("checkpoints_save")
-        response = ocp.save_checkpointables_async(self._path(step), {"state": state})
-        self._pending = self._thread.submit(self._commit, response, step, record)
+        response = ocp.save_checkpointables_async(
+            str(self._path(step)), {"state": state}
+        )
+        self._pending = self._thread.submit(self._commit, response.result, step, record)
 
     def _commit(
-        self, response: ocp.AsyncResponse, step: int, record: dict[str, Any]
+        self, finish: Callable[[], None], step: int, record: dict[str, Any]
     ) -> None:
-        response.result()
+        finish()
         if jax.process_index() != 0:
             return
         path = self._path(step)
@@ -259,7 +261,7 @@ class Checkpoints:
                 "restart with that number of processes."
             )
         loaded = ocp.load_checkpointables(
-            path, {"state": jax.tree.map(_abstract, template)}
+            str(path), {"state": jax.tree.map(_abstract, template)}
         )
         mine = data_states[jax.process_index() % len(data_states)]
         return loaded["state"], decode_data_state(mine)

@@ -1,15 +1,17 @@
 """Loggers for scalars: JSON lines, TensorBoard event files, Weights & Biases."""
 
+import importlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tensorboardX import SummaryWriter
 
 
+@runtime_checkable
 class Logger(Protocol):
     """What `fit` asks of a logger."""
 
@@ -180,7 +182,7 @@ class WandbLogger:
     def __init__(self, **init: Any):
         """Starts or resumes the run."""
         try:
-            import wandb
+            wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise ImportError(
                 "`WandbLogger` needs the package wandb; install it with "

@@ -81,11 +81,11 @@ def _log_loss(targets: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def _f1_macro(targets: np.ndarray, predictions: np.ndarray) -> float:
-    return sk.f1_score(targets, predictions, average="macro", zero_division=0.0)
+    return float(sk.f1_score(targets, predictions, average="macro", zero_division=0))
 
 
 def _f1(targets: np.ndarray, predictions: np.ndarray) -> float:
-    return sk.f1_score(targets, predictions, zero_division=0.0)
+    return float(sk.f1_score(targets, predictions, zero_division=0))
 
 
 def _pearson(targets: np.ndarray, predictions: np.ndarray) -> float:

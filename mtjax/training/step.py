@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtjax.gradients import value_and_task_grads
+from mtjax.gradients.value_and_task_grads import EngineName
 from mtjax.training.accumulation import accumulated
 from mtjax.training.state import TrainState
 from mtjax.transforms import freeze_absent
@@ -25,7 +26,7 @@ def make_train_step(
     accumulate: int = 1,
     skip_not_finite: bool = True,
     shared: Callable[[str], bool] | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     donate: bool = True,
     state_sharding: Any = None,
     axis_name: str | None = None,
@@ -112,7 +113,8 @@ def make_train_step(
     grad_fn = value_and_task_grads(
         objective, shared=shared, engine=engine, has_aux=has_extra, axis_name=axis_name
     )
-    tx = freeze_absent(optax.with_extra_args_support(tx))
+    # optax types gradients as trees of arrays, which `TaskGradients` is not.
+    update: Any = freeze_absent(optax.with_extra_args_support(tx)).update
 
     def step(state, batch, present=None):
         loss_key, balancer_key = jax.random.split(
@@ -131,16 +133,16 @@ def make_train_step(
             losses = found[0] if has_extra else found
             return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
 
-        losses, grads = grad_fn(state.params, batch, **inputs)
-        extra = None
-        if has_extra:
-            losses, extra = losses
-        model_state, aux = state.model_state, extra
+        found, grads = grad_fn(state.params, batch, **inputs)
+        losses: Any
+        aux: Any
+        losses, aux = found if has_extra else (found, None)
+        model_state = state.model_state
         if with_model_state:
-            model_state, aux = extra if has_aux else (extra, None)
+            model_state, aux = aux if has_aux else (aux, None)
             if axis_name is not None:
                 model_state = _mean_over_devices(model_state, axis_name)
-        updates, opt_state = tx.update(
+        updates, opt_state = update(
             grads,
             state.opt_state,
             state.params,
@@ -152,7 +154,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         norm, skipped = optax.tree.norm(updates), state.skipped
         if skip_not_finite:
-            ok = _all_finite(losses, present) & _all_finite(updates)
+            ok = _losses_finite(losses, present) & _all_finite(updates)
             params, opt_state, model_state = jax.tree.map(
                 lambda new, old: jnp.where(ok, new, old),
                 (params, opt_state, model_state),
@@ -197,9 +199,10 @@ def _mean_over_devices(tree, axis_name):
     return jax.tree.map(mean, tree)
 
 
-def _all_finite(tree, present=None):
-    finite = [jnp.all(jnp.isfinite(tree[t])) for t in sorted(tree)] if (
-        present is not None
-    ) else [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    finite = jnp.stack(finite)
+def _losses_finite(losses, present):
+    finite = jnp.stack([jnp.isfinite(losses[task]) for task in sorted(losses)])
     return jnp.all(finite if present is None else finite | ~present)
+
+
+def _all_finite(tree):
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
