@@ -44,14 +44,7 @@ def accumulated(
         if with_key:
             inputs["key"] = key
         found = losses_fn(params, rows, **inputs)
-        if with_model_state and has_aux:
-            losses, (model_state, aux) = found
-            return losses, model_state, aux
-        if with_model_state:
-            return *found, None
-        if has_aux:
-            return found[0], None, found[1]
-        return found, None, None
+        return unpack(found, with_model_state=with_model_state, has_aux=has_aux)
 
     micro = jax.checkpoint(micro)
 
@@ -65,6 +58,29 @@ def accumulated(
         return (losses, aux) if has_aux else losses
 
     return mean_losses
+
+
+def unpack(
+    found: Any, *, with_model_state: bool, has_aux: bool
+) -> tuple[Any, Any, Any]:
+    """Sorts what a ``losses_fn`` returned into losses, model state and ``aux``.
+
+    Args:
+      found: the return value.
+      with_model_state: see `make_train_step`.
+      has_aux: see `make_train_step`.
+
+    Returns:
+      The three parts, ``None`` for those that the function does not return.
+    """
+    if with_model_state and has_aux:
+        losses, (model_state, aux) = found
+        return losses, model_state, aux
+    if with_model_state:
+        return found[0], found[1], None
+    if has_aux:
+        return found[0], None, found[1]
+    return found, None, None
 
 
 def split_batch(batch: Any, num_micro: int) -> Any:

@@ -31,8 +31,8 @@ class Metric:
         targets.
 
     Example:
-      >>> ACCURACY(np.array([0, 1, 1]), np.array([0, 1, 0])).round(3)
-      0.667
+      >>> ACCURACY(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0]))
+      0.75
       >>> ROC_AUC(np.array([1, 1]), np.array([0.2, 0.9]))
       nan
     """

@@ -9,7 +9,7 @@ import optax
 
 from mtjax.gradients import value_and_task_grads
 from mtjax.gradients.value_and_task_grads import EngineName
-from mtjax.training.accumulation import accumulated
+from mtjax.training.accumulation import accumulated, unpack
 from mtjax.training.state import TrainState
 from mtjax.transforms import freeze_absent
 
@@ -83,14 +83,14 @@ def make_train_step(
       >>> import mtjax
       >>> def losses_fn(params, batch):
       ...     return {
-      ...         "a": jnp.mean((params["w"] - batch) ** 2),
+      ...         "a": jnp.mean((batch - params["w"]) ** 2),
       ...         "b": jnp.mean((params["w"] + 1.0) ** 2),
       ...     }
       >>> tx = optax.chain(mtjax.pcgrad(), optax.sgd(0.1))
-      >>> params, key = {"w": jnp.zeros(3)}, jax.random.key(0)
+      >>> params, key = {"w": jnp.zeros(())}, jax.random.key(0)
       >>> state = TrainState.create(params, tx, key=key)
       >>> step = make_train_step(losses_fn, tx)
-      >>> state, metrics = step(state, jnp.ones((2, 3)))
+      >>> state, metrics = step(state, jnp.ones(4))
       >>> {task: float(loss) for task, loss in metrics["losses"].items()}
       {'a': 1.0, 'b': 1.0}
     """
@@ -102,16 +102,14 @@ def make_train_step(
             "representations of different micro-batches have no common gradient. "
             "Pass one function, or `accumulate=1`."
         )
-    has_extra = with_model_state or has_aux
-    objective = accumulated(
-        losses_fn,
-        accumulate,
-        with_model_state=with_model_state,
-        with_key=with_key,
-        has_aux=has_aux,
-    )
+    returns = {"with_model_state": with_model_state, "has_aux": has_aux}
+    objective = accumulated(losses_fn, accumulate, with_key=with_key, **returns)
     grad_fn = value_and_task_grads(
-        objective, shared=shared, engine=engine, has_aux=has_extra, axis_name=axis_name
+        objective,
+        shared=shared,
+        engine=engine,
+        has_aux=with_model_state or has_aux,
+        axis_name=axis_name,
     )
     # optax types gradients as trees of arrays, which `TaskGradients` is not.
     update: Any = freeze_absent(optax.with_extra_args_support(tx)).update
@@ -130,18 +128,15 @@ def make_train_step(
 
         def losses_of(params):
             found = _evaluate(objective, params, batch, inputs)
-            losses = found[0] if has_extra else found
+            losses = unpack(found, **returns)[0]
             return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
 
         found, grads = grad_fn(state.params, batch, **inputs)
-        losses: Any
-        aux: Any
-        losses, aux = found if has_extra else (found, None)
-        model_state = state.model_state
-        if with_model_state:
-            model_state, aux = aux if has_aux else (aux, None)
-            if axis_name is not None:
-                model_state = _mean_over_devices(model_state, axis_name)
+        losses, model_state, aux = unpack(found, **returns)
+        if not with_model_state:
+            model_state = state.model_state
+        elif axis_name is not None:
+            model_state = _mean_over_devices(model_state, axis_name)
         updates, opt_state = update(
             grads,
             state.opt_state,

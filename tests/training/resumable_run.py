@@ -1,13 +1,13 @@
 """A small training run that can be killed: a script for tests, not a test.
 
-`python resumable_run.py FOLDER [--kill-at STEP] [--kill-in data|save|commit]` trains,
-resuming from FOLDER, and kills itself with SIGKILL where it is told to.
+`python resumable_run.py FOLDER [--balancer NAME] [--kill-at STEP]
+[--kill-in data|save|commit]` trains, resuming from FOLDER, and kills itself with
+SIGKILL where it is told to.
 """
 
 import argparse
 import os
 import signal
-from typing import NamedTuple
 
 import grain
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import mtjax
 from mtjax.training import (
     Checkpoints,
     JsonlLogger,
@@ -28,27 +29,11 @@ NUM_STEPS = 12
 CONFIG = {"lr": 1e-2, "batch": 8}
 
 
-class WeighByMeanState(NamedTuple):
-    mean_losses: jax.Array  # (tasks,)
-    count: jax.Array  # ()
-
-
-def weigh_by_mean():
-    """Weights with a state and with randomness, to see both survive."""
-
-    def init(params):
-        del params
-        return WeighByMeanState(jnp.ones(3), jnp.int32(0))
-
-    def update(grads, state, params=None, *, losses, key, **extra_args):
-        del params, extra_args
-        values = jnp.stack([losses[task] for task in grads.tasks])
-        mean = 0.9 * state.mean_losses + 0.1 * values
-        noise = jax.random.uniform(key, (3,))
-        weights = jax.nn.softmax(values / mean + noise)
-        return grads.combine(weights), WeighByMeanState(mean, state.count + 1)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+BALANCERS = {
+    "famo": lambda: mtjax.famo(3),
+    "pcgrad": lambda: mtjax.pcgrad(),
+    "graddrop": lambda: mtjax.graddrop(),
+}
 
 
 def losses_fn(params, batch, *, model_state, key):
@@ -132,8 +117,8 @@ def kill_while_saving(kill_at, where):
         checkpoint.write_commit = dying_commit
 
 
-def run(folder, balancer=None, kill_at=None, save_every=2):
-    tx = optax.chain(balancer or weigh_by_mean(), optax.adam(CONFIG["lr"]))
+def run(folder, balancer="famo", kill_at=None, save_every=2):
+    tx = optax.chain(BALANCERS[balancer](), optax.adam(CONFIG["lr"]))
     step = make_train_step(losses_fn, tx, with_model_state=True, with_key=True)
     logger = JsonlLogger(os.path.join(folder, "metrics.jsonl"))
     with Checkpoints(folder, config=CONFIG) as checkpoints:
@@ -158,8 +143,9 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--kill-in", default="data")
+    parser.add_argument("--balancer", default="famo")
     arguments = parser.parse_args()
     if arguments.kill_in != "data":
         kill_while_saving(arguments.kill_at, arguments.kill_in)
         arguments.kill_at = None
-    run(arguments.folder, kill_at=arguments.kill_at)
+    run(arguments.folder, arguments.balancer, kill_at=arguments.kill_at)

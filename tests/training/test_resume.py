@@ -32,14 +32,11 @@ def uninterrupted(resumable_run, tmp_path_factory):
 
 
 def raw(state):
-    return jax.tree.map(
-        lambda x: (
-            jax.random.key_data(x)
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-            else x
-        ),
-        state,
-    )
+    def data(x):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(x) if is_key else x
+
+    return jax.tree.map(data, state)
 
 
 def start(folder, *arguments):
@@ -60,8 +57,8 @@ def killed(folder, *arguments):
     assert process.returncode == -signal.SIGKILL, errors
 
 
-def assert_same_run(module, folder, uninterrupted):
-    state, history = module.run(folder)
+def assert_same_run(module, folder, uninterrupted, balancer="famo"):
+    state, history = module.run(folder, balancer)
     expected, expected_history, expected_lines = uninterrupted
     chex.assert_trees_all_equal(raw(state), expected)
     assert history == expected_history
@@ -87,6 +84,18 @@ def test_finished_run_returns_at_once(resumable_run, uninterrupted, tmp_path):
 def test_killed_anywhere(resumable_run, uninterrupted, tmp_path, step, where):
     killed(tmp_path, "--kill-at", str(step), "--kill-in", where)
     assert_same_run(resumable_run, tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Skipping checkpoint")
+@pytest.mark.parametrize("balancer", ["pcgrad", "graddrop"])
+def test_killed_with_other_balancers(resumable_run, tmp_path, balancer):
+    state, history = resumable_run.run(tmp_path / "whole", balancer)
+    lines = (tmp_path / "whole/metrics.jsonl").read_text()
+    folder = tmp_path / "killed"
+    killed(folder, "--balancer", balancer, "--kill-at", "6", "--kill-in", "save")
+    killed(folder, "--balancer", balancer, "--kill-at", "9")
+    assert_same_run(resumable_run, folder, (raw(state), history, lines), balancer)
 
 
 @pytest.mark.slow
