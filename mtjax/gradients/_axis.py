@@ -1,13 +1,23 @@
 """Arrays inside `shard_map` and `pmap`."""
 
+from typing import Any
+
 import jax
 
+PyTree = Any
 
-def device_local(x, axis_name: str):
-    """Marks a replicated array as device-local, so that its gradient stays local.
 
-    Otherwise `shard_map` sums the gradient over devices by itself.
+def device_local(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Marks replicated arrays as device-local, so that their gradients stay local.
+
+    Otherwise `shard_map` sums the gradients over devices by itself.
     """
-    if axis_name in getattr(jax.typeof(x), "vma", ()):
-        return x
-    return jax.lax.pcast(x, axis_name, to="varying")
+    if axis_name is None:
+        return tree
+
+    def mark(x):
+        if axis_name in jax.typeof(x).manual_axis_type.varying:
+            return x
+        return jax.lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(mark, tree)

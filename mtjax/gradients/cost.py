@@ -1,5 +1,6 @@
 """What a training step will cost, from the compiler's own analysis."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,11 +86,9 @@ def cost_report(
     Raises:
       TypeError, ValueError: as `mtjax.value_and_task_grads`.
     """
-    engines = ["stacked"]
-    whole = losses_fn
-    if isinstance(losses_fn, tuple):
-        engines.append("representation")
-        whole = compose(*losses_fn)
+    is_pair = isinstance(losses_fn, tuple)
+    engines = ["stacked", "representation"] if is_pair else ["stacked"]
+    whole = compose(*losses_fn) if isinstance(losses_fn, tuple) else losses_fn
     parameter_split(whole, params, *args, has_aux=has_aux, **kwargs)
 
     def sum_of_losses(params, *args, **kwargs):
@@ -122,9 +121,10 @@ def _measure(step, engine, function, params, args, kwargs) -> CostRow:
 
     arrays = [x for a, x in zip(is_array, leaves) if a]
     compiled = jax.jit(on_arrays).lower(arrays).compile()
+    costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return CostRow(
         step=step,
         engine=engine,
-        flops=float(compiled.cost_analysis().get("flops", float("nan"))),
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        flops=float(costs.get("flops", math.nan)) if costs else math.nan,
+        temporary_bytes=memory.temp_size_in_bytes if memory else 0,
     )

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mtjax.gradients.split import path_name
+from mtjax.gradients.trace import Cotangents, LossesFn, TracedLosses, checked_losses
 
 PyTree = Any
 
 
-def compose(
-    encode: Callable[..., Any], losses_from_representation: Callable[..., Any]
-) -> Callable[..., Any]:
+def compose(encode: Callable[..., Any], losses_from_representation: LossesFn):
     """The plain `losses_fn` of a pair `(encode, losses_from_representation)`."""
 
     def losses_fn(params, *args, **kwargs):
@@ -23,17 +22,15 @@ def compose(
     return losses_fn
 
 
-def with_probes(
-    pair: tuple[Callable[..., Any], Callable[..., Any]],
+def trace_at_representation(
+    pair: tuple[Callable[..., Any], LossesFn],
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     has_aux: bool,
-) -> tuple[Callable[..., tuple[list[jax.Array], Any]], list[jax.Array]]:
-    """Adds zeros to the shared representation, whose gradients are the probes.
-
-    One pullback then serves both: on the parameters it is the usual one, on the probes
-    it stops at the representation, and the encoder's backward pass is not computed.
+    axis_name: str | None,
+) -> tuple[TracedLosses, Callable[[Cotangents], PyTree]]:
+    """Evaluates encoder and heads, with a pullback through each.
 
     Args:
       pair: `(encode, losses_from_representation)`.
@@ -41,33 +38,36 @@ def with_probes(
       args: arguments of both functions.
       kwargs: keyword arguments of both functions.
       has_aux: whether the second function returns `(losses, aux)`.
+      axis_name: mesh or `pmap` axis that the batch is split over, if any.
 
     Returns:
-      The program on parameter leaves followed by probe leaves, and the probes.
+      Losses and pullback to the parameters, as for a single function, and the pullback
+      that stops at the representation.
 
     Raises:
       TypeError: if the representation has leaves that are not floating-point.
     """
     encode, losses_from_representation = pair
-    shapes = jax.eval_shape(lambda p: encode(p, *args, **kwargs), params)
-    for path, z in jax.tree_util.tree_leaves_with_path(shapes):
-        if not jnp.issubdtype(z.dtype, jnp.inexact):
+    z, pull_encoder = jax.vjp(lambda p: encode(p, *args, **kwargs), params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(z):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 "`encode` must return floating-point arrays, got "
-                f"{z.dtype} at '{path_name(path) or 'z'}'; return masks and labels "
+                f"{leaf.dtype} at '{path_name(path) or 'z'}'; return masks and labels "
                 "from the batch instead."
             )
-    probes = [jnp.zeros(z.shape, z.dtype) for z in jax.tree.leaves(shapes)]
-    structure, num_params = jax.tree.structure(params), len(jax.tree.leaves(params))
+    losses, pull_heads, aux = jax.vjp(
+        lambda p, z: checked_losses(
+            losses_from_representation(p, z, *args, **kwargs), has_aux, axis_name
+        ),
+        params,
+        z,
+        has_aux=True,
+    )
 
-    def program(*leaves):
-        params = structure.unflatten(leaves[:num_params])
-        z, z_structure = jax.tree.flatten(encode(params, *args, **kwargs))
-        z = [a + probe for a, probe in zip(z, leaves[num_params:])]
-        result = losses_from_representation(
-            params, z_structure.unflatten(z), *args, **kwargs
-        )
-        losses, aux = result if has_aux else (result, None)
-        return [losses[task] for task in sorted(losses)], aux
+    def pullback(cotangents: Cotangents) -> PyTree:
+        own, at_z = pull_heads(cotangents)
+        (through_z,) = pull_encoder(at_z)
+        return jax.tree.map(jnp.add, own, through_z)
 
-    return program, probes
+    return TracedLosses(losses, aux, pullback), lambda c: pull_heads(c)[1]

@@ -103,19 +103,34 @@ class ParameterSplit:
         return "\n".join(lines)
 
 
-def split_of_jaxpr(
-    jaxpr: Any,
-    tasks: tuple[str, ...],
+def split_of_pullback(
+    pullback: Callable[[dict[str, jax.Array]], PyTree],
+    losses: dict[str, jax.Array],
     params: PyTree,
     shared: Callable[[str], bool] | None,
 ) -> ParameterSplit:
-    """Reads the split off a program from parameter leaves to one loss per task."""
-    num_leaves = len(jax.tree.leaves(params))
-    sets = reaching_inputs(jaxpr, [1 << i for i in range(num_leaves)])
-    owners = [
-        tuple(task for task, reached in zip(tasks, sets) if reached >> i & 1)
-        for i in range(num_leaves)
-    ]
+    """Reads the split off the graph of the backward pass.
+
+    A task reaches a leaf if its loss's cotangent enters the computation of the leaf's
+    gradient. In the backward pass `stop_gradient`, integers and custom derivatives have
+    had their effect already.
+
+    Args:
+      pullback: maps one cotangent per loss to the gradient of the parameters.
+      losses: the losses, in the order of the tasks.
+      params: the parameters.
+      shared: overrides which leaves count as shared, see `value_and_task_grads`.
+
+    Returns:
+      The split.
+
+    Raises:
+      ValueError: if `shared` selects no parameter although there are several tasks.
+    """
+    tasks = tuple(losses)
+    jaxpr = jax.make_jaxpr(lambda c: jax.tree.leaves(pullback(c)))(losses).jaxpr
+    sets = reaching_inputs(jaxpr, [1 << k for k in range(len(tasks))])
+    owners = [tuple(t for k, t in enumerate(tasks) if s >> k & 1) for s in sets]
     paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     if shared is None:
         is_shared = [len(o) > 1 for o in owners]

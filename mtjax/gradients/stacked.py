@@ -1,6 +1,6 @@
 """The `stacked` engine: one pullback per task, unrolled or batched by `vmap`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from mtjax.gradients._axis import device_local
 from mtjax.gradients.split import ParameterSplit
 from mtjax.gradients.task_gradients import gramian_of_rows
+from mtjax.gradients.trace import Cotangents
 
 PyTree = Any
 
@@ -23,81 +24,76 @@ class StackedEngine:
 
     def __init__(
         self,
-        pullback: Callable[[list[Array]], Sequence[Array]],
-        loss_dtypes: Sequence[Any],
+        losses: Mapping[str, Array],
+        pullback: Callable[[Cotangents], PyTree],
         split: ParameterSplit,
         axis_name: str | None = None,
-        num_probes: int = 0,
+        pull_representation: Callable[[Cotangents], PyTree] | None = None,
     ):
         """Wraps a pullback.
 
         Args:
-          pullback: maps one cotangent per loss to one cotangent per leaf.
-          loss_dtypes: the types of the losses, in the order of the tasks.
-          split: the parameter split; its leaves are the pullback's first leaves.
+          losses: the losses, of which only the types are used.
+          pullback: maps one cotangent per loss to the gradient of the parameters.
+          split: the parameter split.
           axis_name: mesh or `pmap` axis to average gradients over.
-          num_probes: how many further leaves (a shared representation) the pullback
-            has; if any, the Gramian is taken of these, not of the shared parameters.
+          pull_representation: maps one cotangent per loss to the gradient at a shared
+            representation, of which the Gramian is taken instead, if given.
         """
-        self.name = "representation" if num_probes else "stacked"
+        self.name = "stacked" if pull_representation is None else "representation"
+        self._dtypes = {task: loss.dtype for task, loss in losses.items()}
         self._pullback = pullback
-        self._loss_dtypes = loss_dtypes
         self._split = split
         self._axis_name = axis_name
-        self._num_probes = num_probes
+        self._pull_representation = pull_representation
 
     def pull(self, weights: Float[Array, " tasks"]) -> PyTree:
         """Params-shaped sum of the tasks' gradients with the given weights."""
-        leaves = self._raw_pull(weights)
-        params = leaves[: len(leaves) - self._num_probes]
-        return self._unflatten(self._average(params))
+        return self._average(self._pullback(self._cotangents(weights)))
 
     def stack(self) -> PyTree:
         """Params-shaped, every leaf with a leading task axis."""
-        rows = self._rows(lambda leaves: leaves[: len(leaves) - self._num_probes])
-        return self._unflatten(self._average(rows))
+        return self._average(self._rows(self._pullback))
 
     def gramian(self) -> Float[Array, "tasks tasks"]:
         """Inner products of the tasks' gradients, float32."""
-        num_tasks = len(self._loss_dtypes)
-        if self._num_probes:
-            gramian = gramian_of_rows(
-                self._rows(lambda leaves: leaves[-self._num_probes :])
-            )
-            if self._axis_name is None:
-                return gramian
-            # Each device holds its part of the batch, whose mean loss counts 1/n:
-            # the inner products add up over devices.
-            devices = jax.lax.axis_size(self._axis_name)
-            return jax.lax.pmean(gramian, self._axis_name) / devices
-        shared = jax.tree.leaves(self._split.shared)
-        rows = self._rows(lambda leaves: [g for g, s in zip(leaves, shared) if s])
-        if not rows:
-            return jnp.zeros((num_tasks, num_tasks), jnp.float32)
-        return gramian_of_rows(self._average(rows))
-
-    def _rows(self, select) -> list[Array]:
-        """The selected leaves with a leading task axis."""
-        num_tasks = len(self._loss_dtypes)
-        basis = jnp.eye(num_tasks, dtype=jnp.float32)
-        if unroll_pullbacks(num_tasks):
-            rows = [select(self._raw_pull(basis[k])) for k in range(num_tasks)]
-            return [jnp.stack(tasks) for tasks in zip(*rows)]
-        return jax.vmap(lambda e: select(self._raw_pull(e)))(basis)
-
-    def _raw_pull(self, weights) -> list[Array]:
-        cotangents = [w.astype(d) for w, d in zip(weights, self._loss_dtypes)]
-        if self._axis_name is not None:
-            cotangents = [device_local(w, self._axis_name) for w in cotangents]
-        return list(self._pullback(cotangents))
-
-    def _average(self, leaves):
+        num_tasks = len(self._dtypes)
+        if self._pull_representation is None:
+            rows = self._average(self._rows(self._pull_shared))
+            return gramian_of_rows(rows, num_tasks)
+        rows = jax.tree.leaves(self._rows(self._pull_representation))
+        gramian = gramian_of_rows(rows, num_tasks)
         if self._axis_name is None:
-            return leaves
-        return jax.lax.pmean(leaves, self._axis_name)
+            return gramian
+        # Each device holds its part of the batch, whose mean loss counts 1/n: the
+        # inner products add up over devices.
+        devices = jax.lax.axis_size(self._axis_name)
+        return jax.lax.pmean(gramian, self._axis_name) / devices
 
-    def _unflatten(self, leaves) -> PyTree:
-        return jax.tree.unflatten(jax.tree.structure(self._split.shared), leaves)
+    def _pull_shared(self, cotangents: Cotangents) -> list[Array]:
+        grads = jax.tree.leaves(self._pullback(cotangents))
+        return [g for g, s in zip(grads, jax.tree.leaves(self._split.shared)) if s]
+
+    def _rows(self, pull: Callable[[Cotangents], PyTree]) -> PyTree:
+        """What is pulled back, task by task, with a leading task axis."""
+        num_tasks = len(self._dtypes)
+        basis = jnp.eye(num_tasks, dtype=jnp.float32)
+        if not unroll_pullbacks(num_tasks):
+            return jax.vmap(lambda e: pull(self._cotangents(e)))(basis)
+        rows = [pull(self._cotangents(e)) for e in basis]
+        return jax.tree.map(lambda *tasks: jnp.stack(tasks), *rows)
+
+    def _cotangents(self, weights) -> Cotangents:
+        cotangents = {
+            task: weight.astype(dtype)
+            for weight, (task, dtype) in zip(weights, self._dtypes.items())
+        }
+        return device_local(cotangents, self._axis_name)
+
+    def _average(self, grads: PyTree) -> PyTree:
+        if self._axis_name is None:
+            return grads
+        return jax.lax.pmean(grads, self._axis_name)
 
 
 def unroll_pullbacks(num_tasks: int) -> bool:

@@ -1,17 +1,18 @@
 """Gradients that know their tasks: a pullback with views, not K gradients in memory."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from mtjax.gradients.split import ParameterSplit, path_name
 
 PyTree = Any
 
 
+@runtime_checkable
 class Engine(Protocol):
     """How per-task gradients are computed. The engines give the same numbers."""
 
@@ -110,7 +111,7 @@ class TaskGradients:
             return gramian
         return gramian * jnp.outer(self._factors, self._factors)
 
-    def combine(self, weights: Float[Array, " tasks"] | None = None) -> PyTree:
+    def combine(self, weights: ArrayLike | None = None) -> PyTree:
         """One update: weighted on shared leaves, each task's own gradient on its own.
 
         Costs one backward pass (plus, with `weights`, one through the task-specific
@@ -126,12 +127,7 @@ class TaskGradients:
         own_weights = ones if self._factors is None else self._factors
         if weights is None:
             return self._engine.pull(own_weights)
-        if weights.shape != ones.shape:
-            raise ValueError(
-                f"`weights` must have one entry for each of the tasks {self.tasks}, "
-                f"got shape {weights.shape}."
-            )
-        shared = self._engine.pull(own_weights * weights.astype(jnp.float32))
+        shared = self._engine.pull(own_weights * self._checked(weights))
         if all(jax.tree.leaves(self.shared)):
             return shared
         own = self._engine.pull(own_weights)
@@ -156,17 +152,20 @@ class TaskGradients:
             stacked,
         )
 
-    def scale(self, weights: Float[Array, " tasks"]) -> "TaskGradients":
+    def scale(self, weights: ArrayLike) -> "TaskGradients":
         """Scales each task's gradient, on shared and on task-specific leaves. Free."""
-        if weights.shape != (len(self.tasks),):
-            raise ValueError(
-                f"`weights` must have one entry for each of the tasks {self.tasks}, "
-                f"got shape {weights.shape}."
-            )
-        weights = weights.astype(jnp.float32)
+        weights = self._checked(weights)
         if self._factors is not None:
             weights = weights * self._factors
         return TaskGradients(self.split, self._engine, weights)
+
+    def _checked(self, weights: ArrayLike) -> Float[Array, " tasks"]:
+        if jnp.shape(weights) != (len(self.tasks),):
+            raise ValueError(
+                "`weights` must have shape (tasks,), one entry for each of "
+                f"{self.tasks}, got shape {jnp.shape(weights)}."
+            )
+        return jnp.asarray(weights, jnp.float32)
 
     def __repr__(self) -> str:
         """Names the tasks and the engine."""
@@ -200,21 +199,26 @@ class _Stacked:
         return self._grads
 
     def gramian(self):
-        return gramian_of_rows(jax.tree.leaves(self._grads))
+        leaves = jax.tree.leaves(self._grads)
+        return gramian_of_rows(leaves, leaves[0].shape[0])
 
 
-def gramian_of_rows(leaves: Sequence[Array]) -> Float[Array, "tasks tasks"]:
+def gramian_of_rows(
+    leaves: Sequence[Array], num_tasks: int
+) -> Float[Array, "tasks tasks"]:
     """Sums the inner products over leaves with a leading task axis, in float32.
 
     All trailing axes are contracted as they are: a reshape would make the compiler
     gather leaves that are sharded over devices.
     """
-    total = jnp.zeros((), jnp.float32)
+    total = jnp.zeros((num_tasks, num_tasks), jnp.float32)
     for leaf in leaves:
+        if leaf.dtype == jnp.float64:  # a product may not be narrower than its factors
+            leaf = leaf.astype(jnp.float32)
         axes = tuple(range(1, leaf.ndim))
         total = total + jax.lax.dot_general(
             leaf,
-            leaf.conj(),
+            leaf,
             ((axes, axes), ((), ())),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,

@@ -6,12 +6,12 @@ from typing import Any, Literal
 import jax
 
 from mtjax.gradients._axis import device_local
-from mtjax.gradients.representation import compose, with_probes
+from mtjax.gradients.representation import compose, trace_at_representation
+from mtjax.gradients.split import split_of_pullback
 from mtjax.gradients.stacked import StackedEngine
 from mtjax.gradients.task_gradients import TaskGradients
-from mtjax.gradients.trace import trace_losses
+from mtjax.gradients.trace import LossesFn, check_params, trace_losses
 
-LossesFn = Callable[..., Any]
 EngineName = Literal["auto", "stacked", "representation"]
 
 
@@ -19,7 +19,7 @@ def value_and_task_grads(
     losses_fn: LossesFn | tuple[Callable[..., Any], LossesFn],
     *,
     shared: Callable[[str], bool] | None = None,
-    engine: EngineName = "auto",
+    engine: EngineName | str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[Any, TaskGradients]]:
@@ -79,28 +79,26 @@ def value_and_task_grads(
             "`engine='representation'` needs `losses_fn` to be a pair "
             "(encode, losses_from_representation), got a single function."
         )
-    at_representation = is_pair and engine != "stacked"
     whole = compose(*losses_fn) if isinstance(losses_fn, tuple) else losses_fn
 
     def grad_fn(params, *args, **kwargs):
-        if axis_name is not None:
-            params = jax.tree.map(lambda x: device_local(x, axis_name), params)
-        traced = trace_losses(whole, params, args, kwargs, shared, has_aux)
-        program, leaves, num_probes = traced.program, jax.tree.leaves(params), 0
-        if at_representation:
-            program, probes = with_probes(losses_fn, params, args, kwargs, has_aux)
-            if axis_name is not None:
-                probes = [device_local(x, axis_name) for x in probes]
-            leaves, num_probes = leaves + probes, len(probes)
-        losses, pullback, aux = jax.vjp(program, *leaves, has_aux=True)
-        dtypes = [loss.dtype for loss in losses]
+        check_params(params)
+        params = device_local(params, axis_name)
+        pull_representation = None
+        if is_pair and engine != "stacked":
+            traced, pull_representation = trace_at_representation(
+                losses_fn, params, args, kwargs, has_aux, axis_name
+            )
+        else:
+            traced = trace_losses(whole, params, args, kwargs, has_aux, axis_name)
+        losses, aux, pullback = traced
+        split = split_of_pullback(pullback, losses, params, shared)
         grads = TaskGradients(
-            traced.split,
-            StackedEngine(pullback, dtypes, traced.split, axis_name, num_probes),
+            split,
+            StackedEngine(losses, pullback, split, axis_name, pull_representation),
         )
         if axis_name is not None:
             losses = jax.lax.pmean(losses, axis_name)
-        named = dict(zip(traced.split.tasks, losses))
-        return ((named, aux) if has_aux else named), grads
+        return ((losses, aux) if has_aux else losses), grads
 
     return grad_fn
