@@ -1,4 +1,8 @@
-"""Numbers and plots about multi-task training."""
+"""Numbers and plots about multi-task training.
+
+The plots are in `mtjax.analysis.plots`, apart from the rest because they import
+matplotlib.
+"""
 
 from mtjax.analysis.conflict import ConflictStatistics, conflict_statistics
 

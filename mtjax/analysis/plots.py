@@ -1,0 +1,139 @@
+"""Figures of a comparison of methods: curves, gradient cosines, trade-offs."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Paul Tol's "muted" scheme: told apart with any colour vision, in this order.
+_COLORS = (
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#888888",
+)
+
+
+def method_colors(methods: Sequence[str]) -> dict[str, str]:
+    """One colour per method, the same in every figure."""
+    return {m: _COLORS[i % len(_COLORS)] for i, m in enumerate(methods)}
+
+
+def plot_curves(
+    steps: np.ndarray,
+    curves: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    ylabels: Mapping[str, str],
+    title: str = "",
+) -> Figure:
+    """Draws curves over training, one panel per task, mean and range over seeds.
+
+    Args:
+      steps: `(evaluations,)` training steps.
+      curves: per task, per method, `(seeds, evaluations)` values.
+      ylabels: per task.
+      title: of the figure.
+
+    Returns:
+      The figure; save it with `figure.savefig`.
+    """
+    figure = Figure(figsize=(5.2 * len(curves), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for ax, (task, per_method) in zip(axes, curves.items()):
+        colors = method_colors(list(per_method))
+        for method, values in per_method.items():
+            _line_with_range(ax, steps, values, colors[method], method)
+        ax.set(title=task, xlabel="training step", ylabel=ylabels[task])
+        _tidy(ax)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_cosines(
+    steps: np.ndarray, cosines: Mapping[str, np.ndarray], *, title: str = ""
+) -> Figure:
+    """Draws the mean cosine between task gradients over training.
+
+    Args:
+      steps: `(evaluations,)` training steps.
+      cosines: per method `(seeds, evaluations)`; below zero the tasks conflict.
+      title: of the figure.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    ax = figure.subplots()
+    ax.axhline(0.0, color="0.6", linewidth=1)
+    colors = method_colors(list(cosines))
+    for method, values in cosines.items():
+        _line_with_range(ax, steps, values, colors[method], method)
+    ax.set(
+        xlabel="training step",
+        ylabel="mean cosine of task gradients",
+        title=title,
+    )
+    ax.text(0.01, 0.01, "conflict", transform=ax.transAxes, color="0.4", va="bottom")
+    _tidy(ax)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def plot_tradeoff(
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    baseline: tuple[float, float] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draws what each method reaches on two tasks, seeds faint and means solid.
+
+    Args:
+      points: per method, two arrays of shape `(seeds,)`.
+      xlabel: metric of the first task.
+      ylabel: metric of the second task.
+      baseline: the single-task models' values, drawn as cross hairs.
+      title: of the figure.
+
+    Returns:
+      The figure.
+    """
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    ax = figure.subplots()
+    if baseline is not None:
+        style = {"color": "0.5", "linestyle": "--", "linewidth": 1}
+        ax.axvline(baseline[0], **style)
+        ax.axhline(baseline[1], **style, label="single-task models")
+    colors = method_colors(list(points))
+    for method, (x, y) in points.items():
+        ax.scatter(x, y, color=colors[method], alpha=0.3, s=18, linewidths=0)
+        ax.scatter(
+            np.mean(x), np.mean(y), color=colors[method], s=64, label=method, zorder=3
+        )
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _tidy(ax)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def _line_with_range(ax: Axes, steps, values, color: str, label: str) -> None:
+    ax.plot(steps, values.mean(0), color=color, linewidth=1.8, label=label)
+    if len(values) > 1:
+        low, high = values.min(0), values.max(0)
+        ax.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+
+
+def _tidy(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.92", linewidth=0.8)
+    ax.set_axisbelow(True)

@@ -1,0 +1,72 @@
+"""The methods that can be named on the command line."""
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+import mtjax.balancing as balancing
+
+
+class Method(NamedTuple):
+    """A balancer by name.
+
+    Attributes:
+      make: `make(num_tasks, steps_per_epoch) -> balancer`.
+      kind: what it looks at: "losses", "Gramian" or "gradients".
+      idea: one line.
+    """
+
+    make: Callable[[int, int], optax.GradientTransformationExtraArgs]
+    kind: str
+    idea: str
+
+
+def _idea(factory: Callable[..., object]) -> str:
+    return (factory.__doc__ or "").strip().splitlines()[0]
+
+
+def _method(factory, kind, make) -> Method:
+    return Method(make, kind, _idea(factory))
+
+
+METHODS: dict[str, Method] = {
+    "equal": _method(balancing.equal, "losses", lambda k, n: balancing.equal()),
+    "uw": _method(balancing.uw, "losses", lambda k, n: balancing.uw(k)),
+    "dwa": _method(balancing.dwa, "losses", lambda k, n: balancing.dwa(k, n)),
+    "famo": _method(balancing.famo, "losses", lambda k, n: balancing.famo(k)),
+    "pcgrad": _method(balancing.pcgrad, "Gramian", lambda k, n: balancing.pcgrad()),
+    "mgda": _method(balancing.mgda, "Gramian", lambda k, n: balancing.mgda()),
+    "cagrad": _method(balancing.cagrad, "Gramian", lambda k, n: balancing.cagrad()),
+    "nash_mtl": _method(
+        balancing.nash_mtl, "Gramian", lambda k, n: balancing.nash_mtl(k)
+    ),
+    "upgrad": _method(balancing.upgrad, "Gramian", lambda k, n: balancing.upgrad()),
+    "graddrop": _method(
+        balancing.graddrop, "gradients", lambda k, n: balancing.graddrop()
+    ),
+}
+"""All balancers with their published defaults, in the order of their cost."""
+
+
+def check_methods(names: tuple[str, ...]) -> None:
+    """Checks names of methods.
+
+    Raises:
+      ValueError: if there is none, one is unknown, or one is named twice.
+    """
+    if not names:
+        raise ValueError(f"`methods` must name at least one of {', '.join(METHODS)}.")
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"`methods` must be among {', '.join(METHODS)}, got {name!r}; "
+                f"{hint}`mtjax list` explains them."
+            )
+        if names.count(name) > 1:
+            raise ValueError(
+                f"`methods` must name each method once, got {name!r} twice."
+            )

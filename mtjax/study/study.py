@@ -1,0 +1,131 @@
+"""A comparison of methods on one problem: train, measure, tabulate."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mtjax.data import Problem, load_problem
+from mtjax.study.config import Config
+from mtjax.study.runs import Runs
+from mtjax.study.summary import Summary, summarise
+from mtjax.training.commit import write_atomically
+from mtjax.training.run_config import check_same_config, config_to_json
+
+_TIMING_ROUNDS, _TIMING_STEPS = 7, 4
+SINGLE = "single-task"
+
+
+def run_study(config: Config, out: Path, *, progress: bool = True) -> Summary:
+    """Trains every method with every seed and summarises the results.
+
+    A second call with the same configuration and folder goes on where the first one
+    stopped; runs that are finished are not trained again.
+
+    Args:
+      config: what to compare.
+      out: the run folder: `config.json`, `results.json`, `runs/`.
+      progress: show a progress bar, if the output is a terminal.
+
+    Returns:
+      The summary; its numbers are also in `results.json`.
+
+    Raises:
+      ConfigMismatchError: if the folder holds another configuration.
+      DataNotFoundError: if the problem's data are not prepared; nothing is written.
+      ValueError: if the folder holds something else.
+    """
+    problem = _load(config)
+    _open(config, out)
+    all_runs = _all_runs(problem, config)
+    total = sum(config.steps * config.seeds for _ in all_runs)
+    results: dict[str, list[dict[str, Any]]] = {}
+    with _progress_bar(progress) as bar:
+        row = bar.add_task("", total=total)
+        for name, runs in all_runs.items():
+            bar.update(row, description=f"[bold]{name:<14}")
+            results[name] = runs.results(
+                out / "runs" / name, lambda steps: bar.advance(row, steps)
+            )
+        bar.update(row, description="[bold]step times    ")
+        milliseconds = _step_times(all_runs, config, out / "runs" / "step_times.json")
+    summary = summarise(problem.tasks, config.methods, results, milliseconds)
+    write_atomically(out / "results.json", json.dumps(summary.as_json(), indent=1))
+    return summary
+
+
+def _load(config: Config) -> Problem:
+    problem = load_problem(config.data, config.data_dir)
+    if config.examples is not None:
+        train = jax.tree.map(lambda x: x[: config.examples], problem.train)
+        problem = dataclasses.replace(problem, train=train)
+    return problem
+
+
+def _open(config: Config, out: Path) -> None:
+    path = out / "config.json"
+    if path.exists():
+        check_same_config(path, config)
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"`out` must be new, empty or the folder of an earlier run, got {out}; "
+            "choose another folder."
+        )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, config_to_json(config))
+
+
+def _all_runs(problem: Problem, config: Config) -> dict[str, Runs]:
+    runs = {}
+    if config.single_task:
+        for task in problem.tasks:
+            runs[f"{SINGLE} {task.name}"] = Runs(problem, (task,), "equal", config)
+    for method in config.methods:
+        runs[method] = Runs(problem, tuple(problem.tasks), method, config)
+    return runs
+
+
+def _step_times(all_runs, config, path: Path) -> dict[str, float]:
+    """Median milliseconds of a step of each method, measured in turns in one go."""
+    if path.exists():
+        return json.loads(path.read_text())
+    methods = {name: all_runs[name] for name in config.methods}
+    states = {name: runs.step(runs.fresh_state()) for name, runs in methods.items()}
+    times = {name: [] for name in methods}
+    for _ in range(_TIMING_ROUNDS):
+        for name, runs in methods.items():
+            jax.block_until_ready(states[name].params)
+            start = time.perf_counter()
+            for _ in range(_TIMING_STEPS):
+                states[name] = runs.step(states[name])
+            jax.block_until_ready(states[name].params)
+            times[name].append((time.perf_counter() - start) / _TIMING_STEPS)
+    milliseconds = {name: 1e3 * float(np.median(t)) for name, t in times.items()}
+    write_atomically(path, json.dumps(milliseconds))
+    return milliseconds
+
+
+def _progress_bar(wanted: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (wanted and (console.is_terminal or console.is_jupyter)),
+    )

@@ -1,0 +1,230 @@
+"""From the results of all runs to the numbers of a table."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from mtjax.data import Task
+from mtjax.study.model import metric_of
+from mtjax.training import delta_m, mean_rank
+
+SINGLE = "single-task"
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds (zero for a single seed)."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values) -> "Spread":
+        """Over a list with one value per seed."""
+        values = np.asarray(values, float)
+        return cls(
+            float(values.mean()), float(values.std(ddof=min(1, len(values) - 1)))
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+      method: its name.
+      metrics: per task the test metric.
+      delta_m: mean relative change against single-task models in per cent, positive is
+        better; None without that baseline.
+      mean_rank: over tasks, 1 is best; None for the baseline.
+      step_ratio: time of a training step over that of the first method in the table;
+        None for the baseline.
+      conflict_rate: share of conflicting pairs of tasks, over training; None for the
+        baseline.
+    """
+
+    method: str
+    metrics: dict[str, Spread]
+    delta_m: Spread | None = None
+    mean_rank: float | None = None
+    step_ratio: float | None = None
+    conflict_rate: Spread | None = None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What one method did over training.
+
+    Attributes:
+      steps: `(evaluations,)` training steps.
+      metrics: per task `(seeds, evaluations)` validation metric.
+      losses: per task `(seeds, evaluations)` validation loss.
+      cosine: `(seeds, evaluations)` mean cosine between task gradients, or None.
+    """
+
+    steps: np.ndarray
+    metrics: dict[str, np.ndarray]
+    losses: dict[str, np.ndarray]
+    cosine: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished study: one row per method, and its curves.
+
+    Attributes:
+      tasks: the tasks.
+      rows: the single-task baseline first, if there is one.
+      curves: per method.
+      step_reference: the method that step times are relative to.
+    """
+
+    tasks: tuple[Task, ...]
+    rows: tuple[Row, ...]
+    curves: dict[str, Curves]
+    step_reference: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers of the table."""
+        return {
+            "tasks": {t.name: metric_of(t).name for t in self.tasks},
+            "rows": [asdict(row) for row in self.rows],
+            "step_reference": self.step_reference,
+        }
+
+    def headers(self) -> list[str]:
+        """Column titles, the same as `cells` fills."""
+        names = []
+        for task in self.tasks:
+            metric = metric_of(task)
+            arrow = "↑" if metric.direction == "higher" else "↓"
+            names.append(f"{task.name} {metric.name} {arrow}")
+        return [
+            "method",
+            *names,
+            "Δm % ↑",
+            "mean rank ↓",
+            f"step time / {self.step_reference}",
+            "conflict rate",
+        ]
+
+    def cells(self, row: Row) -> list[str]:
+        """One row as text."""
+        metrics = []
+        for task in self.tasks:
+            percent = metric_of(task).name == "accuracy"
+            scale, unit, digits = (100, " %", 2) if percent else (1, "", 4)
+            mean, std = row.metrics[task.name]
+            metrics.append(
+                f"{scale * mean:.{digits}f} ± {scale * std:.{digits}f}{unit}"
+            )
+        return [
+            row.method,
+            *metrics,
+            ""
+            if row.delta_m is None
+            else f"{row.delta_m.mean:+.2f} ± {row.delta_m.std:.2f}",
+            "" if row.mean_rank is None else f"{row.mean_rank:.2f}",
+            "" if row.step_ratio is None else f"{row.step_ratio:.2f}",
+            ""
+            if row.conflict_rate is None
+            else f"{100 * row.conflict_rate.mean:.0f} %",
+        ]
+
+    def table(self) -> Table:
+        """The table for a terminal."""
+        table = Table(*self.headers(), title="Test set, mean ± standard deviation")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in self.rows:
+            table.add_row(*self.cells(row))
+        return table
+
+
+def summarise(
+    tasks: tuple[Task, ...],
+    methods: tuple[str, ...],
+    results: dict[str, list[dict[str, Any]]],
+    milliseconds: dict[str, float],
+) -> Summary:
+    """Computes the table and the curves.
+
+    Args:
+      tasks: the tasks.
+      methods: the balancers, in order.
+      results: per method, and per "single-task NAME" if trained, one result per seed.
+      milliseconds: per balancer, of a training step.
+
+    Returns:
+      The summary.
+    """
+    tasks = tuple(tasks)
+    reference = "equal" if "equal" in methods else methods[0]
+    scores = {name: _test_scores(tasks, results[name]) for name in methods}
+    directions = {t.name: {metric_of(t).name: metric_of(t).direction} for t in tasks}
+    means = {
+        name: {t.name: {metric_of(t).name: scores[name][t.name].mean()} for t in tasks}
+        for name in methods
+    }
+    ranks = mean_rank(means, directions)
+    rows, baseline = [], None
+    if f"{SINGLE} {tasks[0].name}" in results:
+        single = {
+            t.name: _test_scores((t,), results[f"{SINGLE} {t.name}"])[t.name]
+            for t in tasks
+        }
+        rows.append(Row(SINGLE, {n: Spread.of(v) for n, v in single.items()}))
+        baseline = {t.name: {metric_of(t).name: single[t.name].mean()} for t in tasks}
+    for name in methods:
+        deltas = None
+        if baseline is not None:
+            deltas = [
+                delta_m(
+                    {
+                        t.name: {metric_of(t).name: scores[name][t.name][seed]}
+                        for t in tasks
+                    },
+                    baseline,
+                    directions,
+                    baseline_name=SINGLE,
+                ).value
+                for seed in range(len(results[name]))
+            ]
+        rates = [
+            np.mean([row["conflict_rate"] for row in run["history"]])
+            for run in results[name]
+            if "conflict_rate" in run["history"][0]
+        ]
+        rows.append(
+            Row(
+                method=name,
+                metrics={t: Spread.of(v) for t, v in scores[name].items()},
+                delta_m=None if deltas is None else Spread.of(deltas),
+                mean_rank=ranks[name],
+                step_ratio=milliseconds[name] / milliseconds[reference],
+                conflict_rate=Spread.of(rates) if rates else None,
+            )
+        )
+    curves = {name: _curves(tasks, results[name]) for name in methods}
+    return Summary(tasks, tuple(rows), curves, reference)
+
+
+def _test_scores(tasks, runs) -> dict[str, np.ndarray]:
+    return {
+        t.name: np.array([run["test"][t.name][metric_of(t).name] for run in runs])
+        for t in tasks
+    }
+
+
+def _curves(tasks, runs) -> Curves:
+    def gather(key):
+        return np.array([[row[key] for row in run["history"]] for run in runs])
+
+    has_cosine = "cosine" in runs[0]["history"][0]
+    return Curves(
+        steps=np.array([row["step"] for row in runs[0]["history"]]),
+        metrics={t.name: gather(f"{t.name}/{metric_of(t).name}") for t in tasks},
+        losses={t.name: gather(f"{t.name}/loss") for t in tasks},
+        cosine=gather("cosine") if has_cosine else None,
+    )
