@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import rankdata
 
-Results = Mapping[str, Mapping[str, float]]
+Results = Mapping[str, Mapping[str, float | int | np.number]]
 Directions = Mapping[str, Mapping[str, Literal["higher", "lower"]]]
 
 

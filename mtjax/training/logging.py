@@ -28,7 +28,9 @@ class Logger(Protocol):
         ...
 
 
-def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flatten_metrics(
+    metrics: Mapping[str, Any], prefix: str = ""
+) -> dict[str, float | int]:
     """Joins the keys of nested scalars with slashes.
 
     Args:
@@ -142,6 +144,7 @@ class TensorBoardLogger:
     def __init__(self, directory: str | os.PathLike[str]):
         """Notes the folder; the file is made with the first value."""
         self._directory = os.fspath(directory)
+        self._num_files = 0
         self._purge_step: int | None = None
         self._writer: SummaryWriter | None = None
 
@@ -149,7 +152,13 @@ class TensorBoardLogger:
         """Writes one scalar per flattened name."""
         # Opened late, because the step to purge from is fixed when a file is opened.
         if self._writer is None:
-            self._writer = SummaryWriter(self._directory, purge_step=self._purge_step)
+            # File names hold seconds, and a second file in one would replace the first.
+            self._writer = SummaryWriter(
+                self._directory,
+                purge_step=self._purge_step,
+                filename_suffix=f".{os.getpid()}.{self._num_files}",
+            )
+            self._num_files += 1
         for name, value in flatten_metrics(metrics).items():
             self._writer.add_scalar(name, value, step)
 

@@ -25,8 +25,9 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
       ValueError: if ``devices`` is empty.
 
     Example:
-      >>> data_mesh(jax.devices()[:1]).shape
-      OrderedDict({'data': 1})
+      >>> mesh = data_mesh(jax.devices()[:1])
+      >>> mesh.axis_names, mesh.size
+      (('data',), 1)
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) == 0:
@@ -49,7 +50,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     Example:
       >>> mesh = data_mesh(jax.devices()[:1])
       >>> replicate({"w": np.ones(3)}, mesh)["w"].sharding.spec
-      PartitionSpec()
+      P()
     """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
@@ -75,7 +76,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     Example:
       >>> mesh = data_mesh(jax.devices()[:1])
       >>> shard_batch({"x": np.ones((4, 2))}, mesh)["x"].sharding.spec
-      PartitionSpec('data',)
+      P('data',)
     """
     local = len(mesh.local_devices)
 
@@ -122,7 +123,7 @@ def fully_sharded(tree: Any, mesh: Mesh, *, min_size: int = 2**16) -> Any:
       >>> mesh = data_mesh(jax.devices()[:1])
       >>> tree = {"w": np.ones((4, 8)), "b": np.ones(8)}
       >>> {k: s.spec for k, s in fully_sharded(tree, mesh, min_size=16).items()}
-      {'b': PartitionSpec(), 'w': PartitionSpec(None, 'data')}
+      {'b': P(), 'w': P(None, 'data')}
     """
     if min_size < 0:
         raise ValueError(f"`min_size` must be at least 0, got {min_size}.")
