@@ -186,6 +186,34 @@ def keep_absent(
     return jnp.where(present, new, old)
 
 
+def keep_moments(
+    optimizer: optax.GradientTransformation,
+    new: PyTree,
+    old: PyTree,
+    moves: PyTree,
+    *,
+    others: Array | bool = True,
+) -> PyTree:
+    """State of an optimizer of which only some parameters moved.
+
+    Args:
+      optimizer: whose state it is.
+      new: its state after the step.
+      old: its state before.
+      moves: params-shaped, masks or booleans that say where moments are the new ones.
+      others: whether leaves that belong to no parameter, such as counters, are.
+
+    Returns:
+      A state of the same structure.
+    """
+    moves = optax.tree.map_params(
+        optimizer, lambda _, m: m, new, moves, transform_non_params=lambda _: others
+    )
+    return jax.tree.map(
+        lambda m, n, o: n if m is True else jnp.where(m, n, o), moves, new, old
+    )
+
+
 def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if value not in choices:

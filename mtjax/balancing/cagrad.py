@@ -6,10 +6,10 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from mtjax.balancing.balancer import gramian_balancer
-from mtjax.balancing.solvers import cosines, nonnegative_qp
+from mtjax.balancing.solvers import RIDGE, cosines, shortest_in_hull
 
-# Halvings of the bracket: beyond float32's relative precision.
-_BISECTIONS = 26
+# Halvings of a bracket of 70 natural logarithms, down to float32's precision.
+_BISECTIONS = 28
 
 
 def cagrad(
@@ -37,13 +37,14 @@ def cagrad(
       >>> import jax.numpy as jnp
       >>> tx = cagrad(c=0.5, rescale=0)
       >>> grads = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-      >>> print(tx.update(grads, tx.init(None))[0])
+      >>> with jnp.printoptions(precision=3):
+      ...     print(tx.update(grads, tx.init(None))[0])
       [0.75 0.75]
 
     References:
-      Conflict-Averse Gradient Descent for Multi-task Learning, 2021, equation 4. Solved
-      as a search for the worst improvement that is just within reach, rather than by
-      its dual: every step of the search is a quadratic program with an exact solution.
+      Conflict-Averse Gradient Descent for Multi-task Learning, 2021, equation 4. Its
+      solution is parallel to that of `mgda` for the gradients :math:`g_t + \rho g_0`;
+      :math:`\rho` is found by bisection, every step of which has an exact solution.
     """
     if c < 0:
         raise ValueError(f"`c` must not be negative, got {c}.")
@@ -72,33 +73,41 @@ def conflict_averse_weights(
     """
     mean = present / jnp.maximum(jnp.sum(present), 1)
     matrix, norms, active = cosines(gramian)
-    largest = jnp.max(jnp.where(active, norms, 0.0))
-    norms = jnp.where(active, norms / jnp.where(largest > 0, largest, 1.0), 1.0)
-    # Everything below is in units of the largest gradient, per unit direction.
-    mean = mean * norms * active
-    gain = matrix @ mean  # <g_t, g_0> / |g_t|
-    radius = c * jnp.sqrt(jnp.maximum(mean @ gain, 0.0))
-    everyone = jnp.where(active, gain * norms, jnp.inf)
-    low = jnp.min(everyone)
-    high = jnp.min(jnp.where(active, everyone + radius * norms, jnp.inf))
-    low, high = (jnp.where(jnp.isfinite(x), x, 0.0) for x in (low, high))
+    # In units of the largest gradient, so that no square overflows.
+    norms = jnp.where(active, norms / jnp.max(jnp.where(active, norms, 1e-30)), 1.0)
+    gain = matrix @ (mean * norms * active)  # <g_t, g_0> / |g_t|
+    square = (mean * norms * active) @ gain  # |g_0|^2
+    nonzero = (square > 0) & (c > 0)
+    mean_norm = jnp.sqrt(jnp.where(nonzero, square, 1.0))
+    mean_cosines = jnp.clip(gain / mean_norm, -1.0, 1.0)
 
-    def correction(level, free):
-        """The shortest correction that gives every task an improvement of `level`."""
-        x, free = nonnegative_qp(matrix, gain - level / norms, active, free)
-        return x, jnp.sqrt(jnp.maximum(x @ matrix @ x, 0.0)), free
+    def correction(length, free):
+        """Weights of unit gradients of the g_w that has this length, if any has."""
+        # Of a_t u_t + b_t u_0, which are g_t + length / c u_0 in other units.
+        units = c * norms + length
+        a, b = c * norms / units, length / units
+        mixed = jnp.outer(a * mean_cosines, b)
+        shifted = jnp.outer(a, a) * matrix + mixed + mixed.T + jnp.outer(b, b)
+        weights, free = shortest_in_hull(shifted, units, active, free)
+        y = weights * norms
+        # The largest entry is taken out of the squares, which might underflow. The
+        # ridge keeps the length of a sum that cancels away from zero.
+        top = jnp.maximum(jnp.max(y), 1e-30)
+        ratios = y / top
+        square = jnp.maximum(ratios @ matrix @ ratios, 0.0) + RIDGE * ratios @ ratios
+        return y, top * jnp.sqrt(square), free
 
     def halve(_, carry):
-        low, high, x, length, free = carry
+        low, high, free = carry
         middle = 0.5 * (low + high)
-        x_new, length_new, free = correction(middle, free)
-        inside = length_new <= radius
-        low, high = jnp.where(inside, middle, low), jnp.where(inside, high, middle)
-        x = jnp.where(inside, x_new, x)
-        return low, high, x, jnp.where(inside, length_new, length), free
+        _, length, free = correction(jnp.exp(middle), free)
+        longer = length > jnp.exp(middle)
+        return jnp.where(longer, middle, low), jnp.where(longer, high, middle), free
 
-    x, length, free = correction(high, jnp.zeros_like(active))
-    carry = (low, high, x, length, free)
-    _, _, x, length, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, carry)
-    x = jnp.where(length > 0, x * radius / jnp.where(length > 0, length, 1.0), 0.0)
-    return jnp.where(active, (mean + x) / norms, 0.0)
+    shortest = jnp.log(jnp.min(jnp.where(active, norms, 1.0)))
+    carry = (shortest - 12.0, jnp.zeros(()), jnp.zeros_like(active))
+    _, high, free = jax.lax.fori_loop(0, _BISECTIONS, halve, carry)
+    y, length, _ = correction(jnp.exp(high), free)
+    stretch = c * mean_norm / jnp.where(length > 0, length, 1.0)
+    y = jnp.where(nonzero & (length > 0), stretch * y, 0.0)
+    return jnp.where(active, mean + y / norms, 0.0)

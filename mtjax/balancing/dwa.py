@@ -70,15 +70,14 @@ def dwa(
     def weigh(state, present):
         ratios = state.last / state.before_last
         ratios = jnp.where(jnp.isfinite(ratios), ratios, 1.0)
-        logits = jnp.where(present, ratios / temperature, -jnp.inf)
-        return jnp.sum(present) * jax.nn.softmax(
-            logits, where=present, initial=-jnp.inf
-        )
+        shares = jax.nn.softmax(ratios / temperature, where=present)
+        return jnp.sum(present) * shares
 
     def update(grads, state, step):
         weights = weigh(state, step.present)
-        sums = state.sums + jnp.where(step.present, step.losses, 0.0)
-        counts = state.counts + step.present
+        measured = step.present & jnp.isfinite(step.losses)
+        sums = state.sums + jnp.where(measured, step.losses, 0.0)
+        counts = state.counts + measured
         ends = (state.step + 1) % steps_per_epoch == 0
         seen = counts > 0
         mean = jnp.where(seen, sums / jnp.maximum(counts, 1.0), state.last)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from mtjax.balancing.balancer import balancer, keep_absent, loss_vector
+from mtjax.balancing.balancer import balancer, keep_absent, keep_moments, loss_vector
 
 
 class FAMOState(NamedTuple):
@@ -93,7 +93,7 @@ def famo(
         return jnp.maximum(losses - min_losses, 0.0) + eps
 
     def move_logits(state, before, after, present):
-        seen = present & jnp.isfinite(before)
+        seen = present & jnp.isfinite(before) & jnp.isfinite(after)
         delta = jnp.where(seen, jnp.log(gaps(before)) - jnp.log(gaps(after)), 0.0)
         _, softmax_vjp = jax.vjp(jax.nn.softmax, state.logits)
         (slope,) = softmax_vjp(delta)
@@ -101,11 +101,12 @@ def famo(
             jnp.where(seen, slope, 0.0), state.logits_opt_state, state.logits
         )
         logits = keep_absent(state.logits + change, state.logits, seen)
-        any_seen = jnp.any(seen)
-        opt_state = jax.tree.map(
-            lambda new, old: jnp.where(any_seen, new, old),
+        opt_state = keep_moments(
+            logits_optimizer,
             opt_state,
             state.logits_opt_state,
+            seen,
+            others=jnp.any(seen),
         )
         return state._replace(logits=logits, logits_opt_state=opt_state)
 
@@ -117,8 +118,9 @@ def famo(
         total = jnp.sum(ratios)
         weights = ratios / jnp.where(total > 0, total, 1.0)
         updates = grads.scale(weights).combine()
+        known = step.present & jnp.isfinite(step.losses)
         state = state._replace(
-            last_losses=keep_absent(step.losses, state.last_losses, step.present)
+            last_losses=keep_absent(step.losses, state.last_losses, known)
         )
         if optimizer is None:
             return updates, state

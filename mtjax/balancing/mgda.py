@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtjax.balancing.balancer import balancer, check_choice, masked_gramian
-from mtjax.balancing.solvers import cosines, nonnegative_qp
+from mtjax.balancing.solvers import cosines, shortest_in_hull
 
 
 def mgda(
@@ -74,10 +74,4 @@ def min_norm_weights(gramian: Float[Array, "tasks tasks"]) -> Float[Array, " tas
       every gradient is.
     """
     matrix, norms, active = cosines(gramian)
-    # The shortest vector in the hull is, up to its length, the one of least norm whose
-    # inner product with every gradient is at least one.
-    inverse = jnp.where(active, jnp.min(jnp.where(active, norms, jnp.inf)) / norms, 0.0)
-    x, _ = nonnegative_qp(matrix, -inverse, active)
-    weights = x * inverse
-    total = jnp.sum(weights)
-    return weights / jnp.where(total > 0, total, 1.0)
+    return shortest_in_hull(matrix, norms, active)[0]

@@ -80,6 +80,8 @@ def nash_mtl(
                 state.step % update_every == 0, solve, lambda: state.shares
             )
         used = jnp.where(active, shares, 0.0)
+        # A Gramian that overflowed must show in the update, not stay in the state.
+        kept = active & jnp.isfinite(shares)
         if max_norm is not None:
             length = jnp.sqrt(jnp.maximum(used @ matrix @ used, 0.0))
             used = used * jnp.minimum(
@@ -87,7 +89,7 @@ def nash_mtl(
             )
         state = NashMTLState(
             step=optax.safe_increment(state.step),
-            shares=keep_absent(shares, state.shares, active),
+            shares=keep_absent(shares, state.shares, kept),
         )
         return grads.combine(used / norms), state
 

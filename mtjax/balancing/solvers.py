@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 # Added to the diagonal of the cosines: above the rounding error of float32 products,
 # so that linearly dependent gradients do not make a linear system singular.
-_RIDGE = 1e-6
+RIDGE = 1e-6
 
 
 class Cosines(NamedTuple):
@@ -66,7 +66,7 @@ def nonnegative_qp(
     """
     size = len(linear)
     eye = jnp.eye(size, dtype=matrix.dtype)
-    ridged = matrix + _RIDGE * eye
+    ridged = matrix + RIDGE * eye
     tolerance = 1e-6 * jnp.max(jnp.abs(linear))
 
     def solve(free):
@@ -105,11 +105,39 @@ def nonnegative_qp(
     return jnp.maximum(x, 0.0), free
 
 
+def shortest_in_hull(
+    matrix: Float[Array, "tasks tasks"],
+    units: Float[Array, " tasks"],
+    allowed: Bool[Array, " tasks"],
+    start: Bool[Array, " tasks"] | None = None,
+) -> tuple[Float[Array, " tasks"], Bool[Array, " tasks"]]:
+    """Weights of the shortest vector in the convex hull of some vectors.
+
+    Args:
+      matrix: inner products of the vectors, each divided by its unit.
+      units: positive, about the vectors' lengths.
+      allowed: vectors that may have a weight.
+      start: the vectors that have one at the solution of a similar problem.
+
+    Returns:
+      Weights that are not negative and sum to one (to zero if no vector is allowed),
+      and which are positive.
+    """
+    # The shortest vector in the hull is, up to its length, the one of least norm whose
+    # inner product with every vector is at least one.
+    shortest = jnp.min(jnp.where(allowed, units, jnp.inf))
+    inverse = jnp.where(allowed, shortest / units, 0.0)
+    x, free = nonnegative_qp(matrix, -inverse, allowed, start)
+    weights = x * inverse
+    total = jnp.sum(weights)
+    return weights / jnp.where(total > 0, total, 1.0), free
+
+
 def nash_equilibrium(
     matrix: Float[Array, "tasks tasks"],
     start: Float[Array, " tasks"],
     *,
-    max_steps: int = 50,
+    max_steps: int = 100,
     tolerance: float = 1e-5,
 ) -> Float[Array, " tasks"]:
     r"""Solves :math:`C \beta = 1 / \beta` for :math:`\beta > 0`.
@@ -119,14 +147,23 @@ def nash_equilibrium(
 
     Args:
       matrix: :math:`C`, positive semidefinite, with a unit diagonal.
-      start: positive starting point.
+      start: positive starting point, used if it is better than equal entries.
       max_steps: bound on the Newton steps.
       tolerance: stops when the Newton decrement is below it.
 
     Returns:
       :math:`\beta`.
     """
-    ridged = matrix + _RIDGE * jnp.eye(len(start), dtype=matrix.dtype)
+    ridged = matrix + RIDGE * jnp.eye(len(start), dtype=matrix.dtype)
+
+    def best_multiple(beta):
+        beta = beta / jnp.max(beta)
+        return beta * jnp.sqrt(len(beta) / (beta @ ridged @ beta))
+
+    # Newton steps from afar are tiny, and last step's solution may be far away.
+    start, ones = best_multiple(start), best_multiple(jnp.ones_like(start))
+    closer = jnp.sum(jnp.log(start)) > jnp.sum(jnp.log(ones))
+    start = jnp.where(closer, start, ones)
 
     def step(carry):
         beta, _, count = carry

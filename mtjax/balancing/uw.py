@@ -6,7 +6,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from mtjax.balancing.balancer import balancer, check_choice, keep_absent
+from mtjax.balancing.balancer import (
+    balancer,
+    check_choice,
+    keep_absent,
+    keep_moments,
+)
 
 
 class UWState(NamedTuple):
@@ -73,9 +78,17 @@ def uw(
     def update(grads, state, step):
         s = state.log_variances
         weights = half * jnp.exp(-s)
-        slope = jnp.where(step.present, 0.5 - weights * step.losses, 0.0)
+        moves = step.present & jnp.isfinite(step.losses)
+        slope = jnp.where(moves, 0.5 - weights * step.losses, 0.0)
         change, opt_state = optimizer.update(slope, state.opt_state, s)
-        s_new = keep_absent(optax.apply_updates(s, change), s, step.present)
+        s_new = keep_absent(optax.apply_updates(s, change), s, moves)
+        opt_state = keep_moments(
+            optimizer,
+            opt_state,
+            state.opt_state,
+            moves,
+            others=jnp.any(moves),
+        )
         return grads.scale(weights).combine(), UWState(s_new, opt_state)
 
     return balancer("uw", init, update, num_tasks=num_tasks, needs=("losses",))

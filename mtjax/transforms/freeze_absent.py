@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtjax.balancing.balancer import keep_moments
 from mtjax.gradients import TaskGradients
 
 
@@ -55,20 +56,9 @@ def freeze_absent(
             for owners in split.owner_leaves()
         ]
         moves = jax.tree.unflatten(jax.tree.structure(split.shared), moves)
-        state_moves = optax.tree.map_params(
-            optimizer,
-            lambda _, m: m,
-            new_state,
-            moves,
-            transform_non_params=lambda _: True,
-        )
         new_updates = jax.tree.map(
             lambda m, u: jnp.where(m, u, jnp.zeros_like(u)), moves, new_updates
         )
-        return new_updates, jax.tree.map(_select, state_moves, new_state, state)
+        return new_updates, keep_moments(optimizer, new_state, state, moves)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def _select(moves, new, old):
-    return new if moves is True else jnp.where(moves, new, old)
