@@ -273,9 +273,10 @@ def test_other_model_is_refused_leaf_by_leaf(saved):
     template = dataclasses.replace(
         state, params={"w": jnp.ones((8, 4)), "c": jnp.ones(2)}
     )
-    with Checkpoints(saved) as checkpoints:
-        with pytest.raises(ValueError, match="these leaves differ") as error:
-            checkpoints.restore(template)
+    checkpoints = Checkpoints(saved)
+    with pytest.raises(ValueError, match="these leaves differ") as error:
+        checkpoints.restore(template)
+    checkpoints.close()
     lines = str(error.value).splitlines()[1:-1]
     assert lines == [
         "  .params['b']: bfloat16[5] there, missing here",
