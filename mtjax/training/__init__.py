@@ -14,6 +14,7 @@ from mtjax.training.mesh import (
     data_mesh,
     fully_sharded,
     initialize_distributed,
+    place,
     replicate,
     shard_batch,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "initialize_distributed",
     "make_train_step",
     "mean_rank",
+    "place",
     "replicate",
     "score",
     "shard_batch",

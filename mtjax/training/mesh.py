@@ -52,7 +52,38 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
       >>> replicate({"w": np.ones(3)}, mesh)["w"].sharding.spec
       P()
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return place(tree, jax.tree.map(lambda _: sharding, tree))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts every array where its sharding says, also with several processes.
+
+    Args:
+      tree: pytree of arrays, equal on all processes; typed keys are allowed.
+      shardings: tree of shardings of the same structure, see `fully_sharded`.
+
+    Returns:
+      The same tree with its arrays moved. They may share memory with the arguments.
+
+    Example:
+      >>> mesh = data_mesh(jax.devices()[:1])
+      >>> tree = {"w": np.ones((4, 8))}
+      >>> place(tree, fully_sharded(tree, mesh, min_size=0))["w"].sharding.spec
+      P(None, 'data')
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    # `device_put` takes neither typed keys nor committed arrays to other processes.
+    def put(leaf, sharding):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -83,7 +114,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     def put(path, leaf):
         leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
         if leaf.ndim == 0:
-            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+            return replicate(leaf, mesh)
         if leaf.shape[0] % local:
             raise ValueError(
                 "`batch` must have leading axes divisible by the number of local "
@@ -113,8 +144,7 @@ def fully_sharded(tree: Any, mesh: Mesh, *, min_size: int = 2**16) -> Any:
         costs more than their memory.
 
     Returns:
-      A tree of shardings, for ``jax.device_put`` or for ``state_sharding`` of
-      `make_train_step`.
+      A tree of shardings, for `place` and for ``state_sharding`` of `make_train_step`.
 
     Raises:
       ValueError: if ``min_size`` is negative.

@@ -23,6 +23,7 @@ from mtjax.training import (
     fully_sharded,
     initialize_distributed,
     make_train_step,
+    place,
     shard_batch,
 )
 
@@ -71,7 +72,7 @@ def main(folder, fsdp, *distributed):
     tx = optax.chain(mtjax.pcgrad(), optax.adam(1e-2))
     state = TrainState.create(params, tx, key=jax.random.key(1))
     shardings = fully_sharded(state, mesh, min_size=1 if int(fsdp) else 10**9)
-    state = jax.device_put(state, shardings)
+    state = place(state, shardings)
     step = make_train_step(losses_fn, tx, state_sharding=shardings)
     resumed = (Path(folder) / "checkpoints").exists()
     with Checkpoints(folder, config={"fsdp": fsdp}) as checkpoints:

@@ -20,6 +20,7 @@ from mtjax.training import (
     fully_sharded,
     initialize_distributed,
     make_train_step,
+    place,
     replicate,
     shard_batch,
 )
@@ -45,8 +46,8 @@ def losses_fn(params, batch):
     return {t: jnp.mean((out - batch["y"])[:, i] ** 2) for i, t in enumerate("abc")}
 
 
-def run(place, prepare, tx, num_steps=3, **kwargs):
-    state = place(TrainState.create(make_params(), tx, key=jax.random.key(1)))
+def run(put, prepare, tx, num_steps=3, **kwargs):
+    state = put(TrainState.create(make_params(), tx, key=jax.random.key(1)))
     step = make_train_step(losses_fn, tx, **kwargs)
     for seed in range(num_steps):
         state, metrics = step(state, prepare(make_batch(seed)))
@@ -67,14 +68,12 @@ def test_eight_devices_equal_one(fsdp, accumulate):
     tx = optax.chain(mtjax.pcgrad(), optax.adam(1e-2))
     one, one_metrics = run(lambda s: s, lambda b: b, tx)
 
-    def place(state):
+    def put(state):
         if fsdp:
-            return jax.device_put(state, fully_sharded(state, mesh, min_size=1))
+            return place(state, fully_sharded(state, mesh, min_size=1))
         return replicate(state, mesh)
 
-    many, metrics = run(
-        place, lambda b: shard_batch(b, mesh), tx, accumulate=accumulate
-    )
+    many, metrics = run(put, lambda b: shard_batch(b, mesh), tx, accumulate=accumulate)
     chex.assert_trees_all_close(many.params, one.params, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(metrics, one_metrics, rtol=1e-4)
 
@@ -87,7 +86,7 @@ def test_fully_sharded_state_stays_sharded_and_compiles_once(num_compiled):
     )
     shardings = fully_sharded(template, mesh, min_size=1)
     state, _ = run(
-        lambda s: jax.device_put(s, shardings),
+        lambda s: place(s, shardings),
         lambda b: shard_batch(b, mesh),
         tx,
         state_sharding=shardings,
@@ -173,15 +172,21 @@ def test_two_processes_equal_one(tmp_path, fsdp):
             text=True,
         )
 
-    def finish(process):
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
+    def finish(*processes):
+        try:
+            for process in processes:
+                output, _ = process.communicate(timeout=240)
+                assert process.returncode == 0, output
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+                process.stdout.close()
 
     for _ in range(2):
         # The second start resumes from what the first one saved.
-        pair = [start(4, tmp_path / "two", address, "2", str(i)) for i in range(2)]
-        for process in pair:
-            finish(process)
+        two = [start(4, tmp_path / "two", address, "2", str(i)) for i in range(2)]
+        finish(*two)
     finish(start(8, tmp_path / "one"))
     one, two = (np.load(tmp_path / name / "params.npz") for name in ("one", "two"))
     assert sorted(one) == sorted(two) != []
