@@ -200,7 +200,7 @@ IMAGES: tuple[DatasetSpec, ...] = (
             side=16,
         ),
         splits={"train": 7_291, "test": 2_007},
-        description="Digits scanned from envelopes, 16x16 grey values rounded to 0..255.",
+        description="Digits scanned from envelopes, 16x16 grey values in 0..255.",
         licence="unclear (the source states none)",
         homepage="https://hastie.su.domains/ElemStatLearn/",
         citation="The Elements of Statistical Learning, 2001.",

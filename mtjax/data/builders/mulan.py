@@ -40,8 +40,8 @@ def _read(folder: Path, *, name: str, num_targets: int) -> Original:
     path = require(folder, f"{name}.arff")
     lines = path.read_text(encoding="latin-1").splitlines()
     values: dict[str, list[str] | None] = {}
-    start = 0
-    for start, line in enumerate(lines, start=1):
+    data = iter(lines)
+    for line in data:
         head = line.strip()
         if head.lower().startswith("@data"):
             break
@@ -59,7 +59,7 @@ def _read(folder: Path, *, name: str, num_targets: int) -> Original:
     categories = {column: listed for column in inputs if (listed := values[column])}
 
     def rows() -> Iterator[list[str]]:
-        for fields in csv.reader(lines[start:]):
+        for fields in csv.reader(data):
             if fields:
                 yield [field.strip() for field in fields]
 

@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from mtjax.data.builders.census import CENSUS
 from mtjax.data.builders.images import IMAGES
@@ -26,7 +31,6 @@ from mtjax.data.builders.tabular import TABULAR
 from mtjax.data.builders.text import TEXT
 from mtjax.data.builders.tweets import TWEETS
 from mtjax.data.sources import DataNotFoundError
-
 
 SPECS: Mapping[str, DatasetSpec] = {
     spec.name: spec for spec in (*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS)
