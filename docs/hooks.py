@@ -30,11 +30,14 @@ def packages() -> list[str]:
 
 
 def public_names(package: str) -> list[str]:
-    """The `__all__` of a package."""
+    """The `__all__` of a package, or what it imports `as` the same name."""
+    imported = []
     for node in _parse(package).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return ast.literal_eval(node.value)
-    return []
+        if isinstance(node, ast.ImportFrom):
+            imported += [a.name for a in node.names if a.asname == a.name]
+    return imported
 
 
 def home(module: str, name: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def test_code_of_page(page, tmp_path, monkeypatch):
     names = {"__name__": page.stem}
     monkeypatch.chdir(tmp_path)
     # Readers run the code with JAX's defaults, not with those of the tests.
-    with jax.numpy_rank_promotion("allow"):
+    with jax.numpy_rank_promotion("allow"), np.printoptions():
         for block in BLOCK.finditer(text):
             line = text.count("\n", 0, block.start("code"))
             code = compile("\n" * line + block["code"], str(page), "exec")
@@ -65,14 +66,17 @@ def test_site_builds_without_warnings(site):
 
 
 def public_names():
-    """The `__all__` of every package, read without importing it."""
+    """What every package exports, read without importing it."""
     found = {}
     for init in sorted(ROOT.glob("mtjax/**/__init__.py")):
         package = ".".join(init.parent.relative_to(ROOT).parts)
         for node in ast.parse(init.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
                 found[package] = ast.literal_eval(node.value)
-    return found
+            if isinstance(node, ast.ImportFrom):
+                names = [a.name for a in node.names if a.asname == a.name]
+                found.setdefault(package, []).extend(names)
+    return {package: names for package, names in found.items() if names}
 
 
 @pytest.mark.parametrize(("package", "names"), public_names().items())
