@@ -42,11 +42,16 @@ def test_one_step_equals_the_loop_by_hand():
     state = make_state(tx)
     params, opt_state = make_params(), tx.init(make_params())
     step = make_train_step(losses_fn, tx)
-    for seed in range(3):
-        batch = make_batch(seed)
+
+    @jax.jit
+    def by_hand(params, opt_state, batch):
         losses, grads = mtjax.value_and_task_grads(losses_fn)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params, losses=losses)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), opt_state, losses, updates
+
+    for seed in range(3):
+        batch = make_batch(seed)
+        params, opt_state, losses, updates = by_hand(params, opt_state, batch)
         state, metrics = step(state, batch)
         chex.assert_trees_all_close(metrics["losses"], losses, rtol=1e-6)
         np.testing.assert_allclose(
@@ -137,8 +142,9 @@ def test_keys_depend_on_the_step_and_differ_between_loss_and_balancer():
     assert len({tuple(data) for data in seen}) == 6
 
 
-@pytest.mark.parametrize("balancer", ["pcgrad", "mgda", "cagrad"])
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("balancer", "backend"), [("pcgrad", "cpu"), ("mgda", "cpu"), ("pcgrad", "gpu")]
+)
 def test_accumulation_equals_one_big_batch(balancer, backend, monkeypatch):
     # Off the CPU the micro-batches are scanned; that also runs here, only slower.
     monkeypatch.setattr(accumulation_module.jax, "default_backend", lambda: backend)
@@ -198,7 +204,7 @@ def test_accumulation_divides_one_batch_per_task():
     batches = {
         t: jax.random.normal(jax.random.key(n), (n, 4)) for t, n in sizes.items()
     }
-    tx = optax.chain(mtjax.mgda(), optax.sgd(0.1))
+    tx = optax.chain(mtjax.equal(), optax.sgd(0.1))
     big, _ = make_train_step(per_task, tx)(make_state(tx), batches)
     small, _ = make_train_step(per_task, tx, accumulate=4)(make_state(tx), batches)
     chex.assert_trees_all_close(small.params, big.params, atol=1e-6)
@@ -248,7 +254,7 @@ def batch_norm_losses(params, batch, *, model_state):
 
 
 def test_model_state_is_kept_and_not_differentiated():
-    tx = optax.chain(mtjax.pcgrad(), optax.adam(1e-2))
+    tx = optax.chain(mtjax.equal(), optax.adam(1e-2))
     start = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
     step = make_train_step(batch_norm_losses, tx, with_model_state=True)
     state = make_state(tx, model_state=start)
@@ -264,9 +270,9 @@ def test_model_state_is_kept_and_not_differentiated():
     assert "aux" not in metrics
 
 
-@pytest.mark.parametrize("balancer", ["pcgrad", "graddrop"])
-def test_step_that_is_not_finite_changes_nothing_but_the_counters(balancer):
-    tx = optax.chain(getattr(mtjax, balancer)(), optax.adamw(1e-2))
+def test_step_that_is_not_finite_changes_nothing_but_the_counters():
+    # The state of this balancer holds a typed key.
+    tx = optax.chain(mtjax.graddrop(), optax.adamw(1e-2))
     step = make_train_step(batch_norm_losses, tx, with_model_state=True, donate=False)
     state = make_state(tx, model_state={"mean": jnp.zeros(4), "var": jnp.ones(4)})
     state, _ = step(state, make_batch())
@@ -276,6 +282,8 @@ def test_step_that_is_not_finite_changes_nothing_but_the_counters(balancer):
         (after.params, after.opt_state[1], after.model_state),
         (state.params, state.opt_state[1], state.model_state),
     )
+    keys = [jax.random.key_data(s.opt_state[0].key) for s in (after, state)]
+    chex.assert_trees_all_equal(*keys)
     assert (int(after.step), int(after.skipped)) == (2, 1)
     assert int(metrics["skipped"]) == 1
     assert float(metrics["update_norm"]) == 0.0
@@ -298,7 +306,7 @@ def test_loss_of_an_absent_task_may_be_anything():
         losses = losses_fn(params, batch)
         return {**losses, "b": losses["b"] + jnp.where(batch["has_b"], 0.0, jnp.nan)}
 
-    tx = optax.chain(mtjax.mgda(), optax.adam(1e-2))
+    tx = optax.chain(mtjax.equal(), optax.adam(1e-2))
     step = make_train_step(gated, tx, donate=False)
     state = make_state(tx)
     batch = {**make_batch(), "has_b": jnp.array(False)}
@@ -312,7 +320,7 @@ def test_loss_of_an_absent_task_may_be_anything():
 
 
 def test_absent_task_keeps_its_head_and_its_moments():
-    tx = optax.chain(mtjax.pcgrad(), optax.adamw(1e-2, weight_decay=0.1))
+    tx = optax.chain(mtjax.equal(), optax.adamw(1e-2, weight_decay=0.1))
     step = make_train_step(losses_fn, tx, donate=False)
     state, _ = step(make_state(tx), make_batch())
     after, _ = step(state, make_batch(), jnp.array([True, False, True]))
@@ -325,9 +333,8 @@ def test_absent_task_keeps_its_head_and_its_moments():
     assert bool(jnp.any(head(after, "a")[0] != head(state, "a")[0]))
 
 
-@pytest.mark.parametrize("balancer", ["pcgrad", "mgda"])
-def test_eight_devices_with_an_axis_name_equal_one(balancer):
-    tx = optax.chain(getattr(mtjax, balancer)(), optax.sgd(0.1))
+def test_eight_devices_with_an_axis_name_equal_one():
+    tx = optax.chain(mtjax.pcgrad(), optax.sgd(0.1))
 
     def with_statistics(params, batch, *, model_state):
         del model_state
