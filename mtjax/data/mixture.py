@@ -20,7 +20,8 @@ def mixture(
     sources: Mapping[str, Source | grain.MapDataset],
     *,
     batch_size: int | Mapping[str, int],
-    weights: Literal["proportional", "uniform"] | Mapping[str, float] = "proportional",
+    weights: Literal["proportional", "uniform"]
+    | Mapping[str, float | int] = "proportional",
     exponent: float = 1.0,
     cap: int | None = None,
     exhaustion: Exhaustion = "repeat",
@@ -125,7 +126,7 @@ class TaskMixture(grain.IterDataset):
         self,
         datasets: Mapping[str, grain.MapDataset],
         sizes: Mapping[str, int],
-        weights: Mapping[str, float],
+        weights: Mapping[str, float | int],
         rows: Mapping[str, int],
         exhaustion: Exhaustion,
         batches: Batches,
@@ -236,7 +237,7 @@ class TaskMixtureIterator(grain.DatasetIterator):
         same = state["weights"] == data.weights
         self._credits = {t: state["credits"][t] if same else 0.0 for t in data.tasks}
 
-    def _left(self, task: str) -> float:
+    def _left(self, task: str) -> float | int:
         if self._dataset.exhaustion in ("repeat", "stop_all"):
             return float("inf")
         return self._dataset.sizes[task] - self._drawn[task]
@@ -293,7 +294,7 @@ class TaskMixtureIterator(grain.DatasetIterator):
 
 
 def _draw(
-    weights: Mapping[str, float], shares: dict[str, float], active: list[str]
+    weights: Mapping[str, float | int], shares: dict[str, float], active: list[str]
 ) -> str:
     """Picks the task that is furthest behind its share, and updates `shares`."""
     total = sum(weights[task] for task in active)

@@ -6,7 +6,8 @@ from typing import Literal
 
 def mixture_weights(
     sizes: Mapping[str, int],
-    weights: Literal["proportional", "uniform"] | Mapping[str, float] = "proportional",
+    weights: Literal["proportional", "uniform"]
+    | Mapping[str, float | int] = "proportional",
     *,
     exponent: float = 1.0,
     cap: int | None = None,
@@ -68,7 +69,7 @@ def mixture_weights(
     return {name: given[name] / total for name in names}
 
 
-def _explicit(names: list[str], weights: Mapping[str, float]) -> dict[str, float]:
+def _explicit(names: list[str], weights: Mapping[str, float | int]) -> dict[str, float]:
     if sorted(weights) != names:
         raise ValueError(
             f"`weights` must have the tasks {names}, got {sorted(weights)}. Use zero "

@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key, UInt8
+from jaxtyping import Array, Float, Int32, Integer, Key, UInt8
 
 from mtjax.data.builders.images import read_idx
 
@@ -102,7 +102,7 @@ def compose(
 
 def sample_batch(
     images: UInt8[Array, "n 28 28"] | UInt8[np.ndarray, "n 28 28"],
-    labels: Int[Array, " n"] | Int[np.ndarray, " n"],
+    labels: Integer[Array, " n"] | Integer[np.ndarray, " n"],
     batch_size: int,
     *,
     image_size: int = 28,

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,6 +23,7 @@ class DataNotFoundError(FileNotFoundError):
     """
 
 
+@runtime_checkable
 class Source(Protocol):
     """What this package calls a source: examples by index, as dicts of arrays."""
 
@@ -30,7 +31,7 @@ class Source(Protocol):
         """Returns the number of examples."""
         ...
 
-    def __getitem__(self, index: int, /) -> Any:
+    def __getitem__(self, index: int) -> Any:
         """Returns the example at ``index``."""
         ...
 
@@ -38,7 +39,7 @@ class Source(Protocol):
 class ArraySource:
     """Examples read from equally long arrays; see :func:`array_source`."""
 
-    def __init__(self, arrays: Mapping[str, Shaped[np.ndarray, "n ..."]]):
+    def __init__(self, arrays: Mapping[str, Shaped[np.ndarray, "..."]]):
         """Keeps references to ``arrays``, without copying them."""
         self.arrays = dict(arrays)
 
@@ -46,11 +47,11 @@ class ArraySource:
         """Returns the common length of the arrays."""
         return len(next(iter(self.arrays.values())))
 
-    def __getitem__(self, index: int, /) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns row ``index`` of every array."""
         return {name: array[index] for name, array in self.arrays.items()}
 
-    def __getitems__(self, indices: Sequence[int], /) -> list[dict[str, np.ndarray]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns the rows at ``indices``, one dict each."""
         return [self[index] for index in indices]
 
@@ -82,11 +83,11 @@ class TfdsSource:
         """Returns the number of examples of the split."""
         return len(self._source)
 
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns the example at `index`."""
         return self._typed(self._source[index])
 
-    def __getitems__(self, indices: Sequence[int], /) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns the examples at `indices`, which is faster than one by one."""
         return [self._typed(row) for row in self._source.__getitems__(indices)]
 
@@ -100,7 +101,7 @@ class TfdsSource:
         return row
 
 
-def array_source(arrays: Mapping[str, Shaped[np.ndarray, "n ..."]]) -> ArraySource:
+def array_source(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> ArraySource:
     """Makes a source from arrays in memory.
 
     Args:

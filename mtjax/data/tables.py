@@ -63,7 +63,7 @@ def encode_inputs(
         sparse_threshold=0.0,
     )
     encoder.fit(table[train_rows])
-    return encoder.transform(table).astype(np.float32)
+    return np.asarray(encoder.transform(table), dtype=np.float32)
 
 
 def scale_targets(

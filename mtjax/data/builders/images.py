@@ -67,6 +67,11 @@ def _read_idx_pairs(
     return Original(splits)
 
 
+def _only_array(path: Path) -> np.ndarray:
+    with path.open("rb") as file, np.load(file) as arrays:
+        return arrays["arr_0"]
+
+
 def _read_kmnist(folder: Path) -> Original:
     splits = {}
     for split in ("train", "test"):
@@ -75,7 +80,7 @@ def _read_kmnist(folder: Path) -> Original:
         images = require(folder, f"kmnist-{split}-imgs.npz")
         labels = require(folder, f"kmnist-{split}-labels.npz")
         splits[split] = _rows(
-            lambda i=images, t=labels: (np.load(i)["arr_0"], np.load(t)["arr_0"]),
+            lambda i=images, t=labels: (_only_array(i), _only_array(t)),
             images,
             28,
         )
@@ -88,7 +93,8 @@ def _read_npz(
     path = require(folder, file)
 
     def load(key: str) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(path) as arrays:
+        # A damaged archive would leave a file open that NumPy opened.
+        with path.open("rb") as file, np.load(file) as arrays:
             images, labels = arrays[f"{key}_images"], arrays[f"{key}_labels"]
         if images.dtype == np.uint16:
             # The USPS archive holds (v + 1) * 1000 of grey values v in [-1, 1].

@@ -20,7 +20,7 @@ def table_features(
     numeric: int, categorical: int = 0
 ) -> dict[str, tfds.features.FeatureConnector]:
     """Returns the features ``numeric`` and ``categorical`` of the given widths."""
-    features = {}
+    features: dict[str, tfds.features.FeatureConnector] = {}
     if numeric:
         features["numeric"] = tfds.features.Tensor(shape=(numeric,), dtype=np.float32)
     if categorical:

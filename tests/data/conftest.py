@@ -1,0 +1,38 @@
+"""Original files beside the repository, and a few sets prepared from them once."""
+
+from pathlib import Path
+
+import pytest
+
+from mtjax.data import prepare
+
+FOLDERS = {"banking77": "polyai_banking77_nlupp"}
+
+
+@pytest.fixture(scope="session")
+def originals():
+    """Finds the folder of the original files of a data set."""
+    root = Path(__file__).parents[3] / "shared" / "data"
+    if not root.is_dir():
+        pytest.skip(f"the original files are not in {root.name}/ beside the repository")
+
+    def folder(name: str) -> Path:
+        family = name.partition("/")[0]
+        return root / FOLDERS.get(family, family)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(originals, tmp_path_factory):
+    """A data folder with the sets that more than one test reads."""
+    data_dir = tmp_path_factory.mktemp("prepared")
+    for name in (
+        "adult",
+        "energy_efficiency",
+        "parkinsons_telemonitoring",
+        "mulan_mtr/sf1",
+        "mulan_mtr/osales",
+    ):
+        prepare(name, originals(name), data_dir, progress=False)
+    return data_dir
