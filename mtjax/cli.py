@@ -17,7 +17,7 @@ from mtjax.study.methods import METHODS
 _ABOUT = """Train, balance and merge multi-task models in JAX.
 
 Start with `mtjax quickstart`: a real comparison in about two minutes, no download.
-Then `mtjax list` shows the methods and the data, and `mtjax train` compares any of them:
+Then `mtjax list` shows methods and data, and `mtjax train` compares any of them:
 
   mtjax train --data multi_mnist --methods equal pcgrad --seeds 5 --out runs/mine
   mtjax data prepare energy_efficiency --from FOLDER --data-dir DATA
@@ -54,7 +54,12 @@ def quickstart(
 def train(config: tyro.conf.OmitArgPrefixes[Config], out: Out) -> None:
     """Compare any methods on any data.
 
-    `mtjax train --data multi_mnist --methods equal pcgrad --out runs/mine`
+    Trains every method with every seed on the same model, and single-task models as
+    the baseline. Prints a table; writes plots and a self-contained report.html.
+
+    Args:
+      config: what to compare.
+      out: run folder.
     """
     _run(config, out)
 
@@ -71,7 +76,7 @@ def list_all() -> None:
     console.print(f"Problems (--data): {', '.join(problem_names())}")
     table = Table("name", "tasks", "licence", title="Data (mtjax data prepare NAME)")
     for row in available():
-        table.add_row(row.name, row.tasks, row.licence)
+        table.add_row(row.name, ", ".join(row.tasks), row.licence)
     console.print(table)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mtjax.analysis.plots import plot_cosines, plot_curves, plot_tradeoff
 from mtjax.study.config import Config
-from mtjax.study.model import metric_of
+from mtjax.study.setting import metric_of
 from mtjax.study.summary import SINGLE, Summary
 from mtjax.training.commit import write_atomically
 

@@ -20,12 +20,12 @@ from rich.progress import (
 from mtjax.data import Problem, load_problem
 from mtjax.study.config import Config
 from mtjax.study.runs import Runs
-from mtjax.study.summary import Summary, summarise
+from mtjax.study.setting import Setting
+from mtjax.study.summary import SINGLE, Summary, summarise
 from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import check_same_config, config_to_json
 
 _TIMING_ROUNDS, _TIMING_STEPS = 7, 4
-SINGLE = "single-task"
 
 
 def run_study(config: Config, out: Path, *, progress: bool = True) -> Summary:
@@ -50,7 +50,7 @@ def run_study(config: Config, out: Path, *, progress: bool = True) -> Summary:
     problem = _load(config)
     _open(config, out)
     all_runs = _all_runs(problem, config)
-    total = sum(config.steps * config.seeds for _ in all_runs)
+    total = config.steps * config.seeds * len(all_runs)
     results: dict[str, list[dict[str, Any]]] = {}
     with _progress_bar(progress) as bar:
         row = bar.add_task("", total=total)
@@ -92,9 +92,11 @@ def _all_runs(problem: Problem, config: Config) -> dict[str, Runs]:
     runs = {}
     if config.single_task:
         for task in problem.tasks:
-            runs[f"{SINGLE} {task.name}"] = Runs(problem, (task,), "equal", config)
+            alone = Setting(problem, (task,), config.batch_size)
+            runs[f"{SINGLE} {task.name}"] = Runs(alone, "equal", config)
+    together = Setting(problem, tuple(problem.tasks), config.batch_size)
     for method in config.methods:
-        runs[method] = Runs(problem, tuple(problem.tasks), method, config)
+        runs[method] = Runs(together, method, config)
     return runs
 
 

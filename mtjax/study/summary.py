@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from mtjax.data import Task
-from mtjax.study.model import metric_of
+from mtjax.study.setting import metric_of
 from mtjax.training import delta_m, mean_rank
 
 SINGLE = "single-task"
