@@ -111,7 +111,9 @@ class TaskGradients:
             return gramian
         return gramian * jnp.outer(self._factors, self._factors)
 
-    def combine(self, weights: ArrayLike | None = None) -> PyTree:
+    def combine(
+        self, weights: ArrayLike | Sequence[float | int] | None = None
+    ) -> PyTree:
         """One update: weighted on shared leaves, each task's own gradient on its own.
 
         Costs one backward pass (plus, with `weights`, one through the task-specific
@@ -152,20 +154,23 @@ class TaskGradients:
             stacked,
         )
 
-    def scale(self, weights: ArrayLike) -> "TaskGradients":
+    def scale(self, weights: ArrayLike | Sequence[float | int]) -> "TaskGradients":
         """Scales each task's gradient, on shared and on task-specific leaves. Free."""
         weights = self._checked(weights)
         if self._factors is not None:
             weights = weights * self._factors
         return TaskGradients(self.split, self._engine, weights)
 
-    def _checked(self, weights: ArrayLike) -> Float[Array, " tasks"]:
-        if jnp.shape(weights) != (len(self.tasks),):
+    def _checked(
+        self, weights: ArrayLike | Sequence[float | int]
+    ) -> Float[Array, " tasks"]:
+        checked = jnp.asarray(weights, jnp.float32)
+        if checked.shape != (len(self.tasks),):
             raise ValueError(
                 "`weights` must have shape (tasks,), one entry for each of "
-                f"{self.tasks}, got shape {jnp.shape(weights)}."
+                f"{self.tasks}, got shape {checked.shape}."
             )
-        return jnp.asarray(weights, jnp.float32)
+        return checked
 
     def __repr__(self) -> str:
         """Names the tasks and the engine."""
