@@ -12,9 +12,9 @@ from mtjax.balancing.balancer import balancer
 def constant(
     weights: Mapping[str, float] | Sequence[float],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Weighs the tasks' losses with fixed weights: :math:`d = \sum_t w_t g_t`.
+    r"""Weighs the tasks' losses with fixed weights.
 
-    The weights apply to shared and to task-specific parameters alike.
+    :math:`d = \sum_t w_t g_t`, on shared and on task-specific parameters alike.
 
     Args:
       weights: :math:`w_t \ge 0`, by task name or in the order of the sorted names.

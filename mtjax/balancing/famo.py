@@ -1,5 +1,6 @@
 """FAMO: fast adaptive multitask optimization."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +96,8 @@ def famo(
     def move_logits(state, before, after, present):
         seen = present & jnp.isfinite(before) & jnp.isfinite(after)
         delta = jnp.where(seen, jnp.log(gaps(before)) - jnp.log(gaps(after)), 0.0)
-        _, softmax_vjp = jax.vjp(jax.nn.softmax, state.logits)
+        softmax = functools.partial(jax.nn.softmax, where=seen)
+        _, softmax_vjp = jax.vjp(softmax, state.logits)
         (slope,) = softmax_vjp(delta)
         change, opt_state = logits_optimizer.update(
             jnp.where(seen, slope, 0.0), state.logits_opt_state, state.logits

@@ -1,0 +1,213 @@
+"""Every balancer, with what is claimed of it. The one list that tests run over."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import mtjax
+
+Factory = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One row.
+
+    Attributes:
+      label: the call, as in the documentation.
+      factory: the function whose docstring describes it.
+      make: the transform for a number of tasks.
+      calls: views of `TaskGradients` per step: pull, Gramian and stack.
+      evaluations: how often it evaluates the losses again.
+      losses: whether it needs `losses`.
+      one_task: what becomes of a single gradient of norm 2.
+      claims: measured properties, see `properties.py`.
+    """
+
+    label: str
+    factory: Factory
+    make: Callable[[int], optax.GradientTransformationExtraArgs]
+    claims: dict[str, str]
+    calls: tuple[str, ...] = ("gramian", "pull")
+    evaluations: int = 0
+    losses: bool = False
+    one_task: float = 1.0
+
+
+def claims(
+    conflict: str = "no",
+    stationary: str = "no",
+    scale_all: str = "1",
+    scale_one: str = "changes",
+    order: str = "no matter",
+    random: str = "no",
+    own: str = "own gradient",
+    linear: str = "no",
+    span: str = "yes",
+) -> dict[str, str]:
+    return {
+        "conflict": conflict,
+        "stationary": stationary,
+        "scale_all": scale_all,
+        "scale_one": scale_one,
+        "order": order,
+        "random": random,
+        "own": own,
+        "linear": linear,
+        "span": span,
+    }
+
+
+weighted = functools.partial(claims, own="weighted", linear="yes")
+
+METHODS = (
+    Method(
+        "equal()",
+        mtjax.equal,
+        lambda k: mtjax.equal(),
+        claims(linear="yes"),
+        ("pull",),
+    ),
+    Method(
+        'equal(reduction="mean")',
+        mtjax.equal,
+        lambda k: mtjax.equal(reduction="mean"),
+        weighted(),
+        ("pull",),
+    ),
+    Method(
+        "constant([0.5, 1, …])",
+        mtjax.constant,
+        lambda k: mtjax.constant([0.5 * (i + 1) for i in range(k)]),
+        weighted(order="matters"),
+        ("pull",),
+        one_task=0.5,
+    ),
+    Method(
+        "uw(K)",
+        mtjax.uw,
+        lambda k: mtjax.uw(k, optimizer=optax.adam(0.1)),
+        weighted(scale_all="other"),
+        ("pull",),
+        losses=True,
+        one_task=0.5,
+    ),
+    Method(
+        "dwa(K, n)",
+        mtjax.dwa,
+        lambda k: mtjax.dwa(k, 1),
+        weighted(),
+        ("pull",),
+        losses=True,
+    ),
+    Method(
+        "famo(K)",
+        mtjax.famo,
+        lambda k: mtjax.famo(k),
+        weighted(scale_one="same direction"),
+        ("pull",),
+        losses=True,
+    ),
+    Method(
+        "famo(K, optimizer=…)",
+        mtjax.famo,
+        lambda k: mtjax.famo(k, optimizer=optax.identity()),
+        weighted(scale_one="same direction"),
+        ("pull",),
+        evaluations=1,
+        losses=True,
+    ),
+    Method(
+        "pcgrad()",
+        mtjax.pcgrad,
+        lambda k: mtjax.pcgrad(),
+        claims(conflict="of two tasks", order="matters", random="yes"),
+    ),
+    Method(
+        "graddrop()",
+        mtjax.graddrop,
+        lambda k: mtjax.graddrop(),
+        claims(span="no", random="yes"),
+        ("stack",),
+    ),
+    Method(
+        "mgda()",
+        mtjax.mgda,
+        lambda k: mtjax.mgda(),
+        claims(conflict="yes", stationary="also where some tasks are"),
+    ),
+    Method(
+        'mgda(normalize="l2")',
+        mtjax.mgda,
+        lambda k: mtjax.mgda(normalize="l2"),
+        claims(),
+    ),
+    Method(
+        "cagrad()",
+        mtjax.cagrad,
+        lambda k: mtjax.cagrad(),
+        claims(),
+        one_task=1.2,
+    ),
+    Method(
+        "nash_mtl(K)",
+        mtjax.nash_mtl,
+        lambda k: mtjax.nash_mtl(k),
+        claims(
+            conflict="yes", stationary="yes", scale_all="0", scale_one="same update"
+        ),
+        one_task=0.5,
+    ),
+    Method(
+        "upgrad()",
+        mtjax.upgrad,
+        lambda k: mtjax.upgrad(),
+        claims(conflict="yes", stationary="yes"),
+    ),
+)
+
+TASKS = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+def task_names(num_tasks):
+    return TASKS[:num_tasks]
+
+
+@functools.cache
+def jitted(method: Method, num_tasks: int):
+    """The update as one compiled function of everything that it may depend on.
+
+    Where losses are evaluated again they come out one tenth lower.
+    """
+    tx = method.make(num_tasks)
+
+    @jax.jit
+    def update(grads, state, losses, present, key, after):
+        names = task_names(num_tasks)
+        losses_fn = lambda params: dict(zip(names, after, strict=True))
+        return tx.update(
+            grads,
+            state,
+            jax.tree.map(lambda g: g[0], grads),
+            losses=dict(zip(names, losses, strict=True)),
+            present=present,
+            key=key,
+            losses_fn=losses_fn,
+        )
+
+    def call(grads, state=None, losses=None, present=None, key=None, after=None):
+        grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
+        if state is None:
+            state = tx.init(jax.tree.map(lambda g: g[0], grads))
+        losses = jnp.ones(num_tasks) if losses is None else jnp.asarray(losses)
+        losses = losses.astype(jnp.float32)
+        present = jnp.ones(num_tasks, bool) if present is None else present
+        key = jax.random.key(0) if key is None else key
+        after = 0.9 * losses if after is None else jnp.asarray(after, jnp.float32)
+        return update(grads, state, losses, jnp.asarray(present), key, after)
+
+    return call
