@@ -64,7 +64,8 @@ def mixture(
     Returns:
       A ``grain.IterDataset``: iterate over it, or transform it further. Its iterators
       have ``get_state()`` and ``set_state(state)`` and, if nothing was added, the
-      property ``counts``.
+      property ``counts``. For slow sources, wrap it in
+      ``grain.experimental.ThreadPrefetchIterDataset`` and ``close()`` its iterator.
 
     Raises:
       ValueError: if an argument breaks its rule or the sources do not fit together.

@@ -42,7 +42,7 @@ def _read_original(folder: Path) -> Original:
 
     def others(record: Mapping[str, str]) -> dict[str, Any]:
         return {
-            "income": int({"- 50000.": 0, "50000+.": 1}[record["income"]]),
+            "income": {"- 50000.": 0, "50000+.": 1}[record["income"]],
             "never_married": int(record[_MARITAL] == "Never married"),
             "weight": float(record[_WEIGHT]),
         }
@@ -143,7 +143,7 @@ def _read_nominal(folder: Path) -> Original:
 
     def others(record: Mapping[str, str]) -> dict[str, Any]:
         return {
-            "income": int({"--50000.": 0, "50000+.": 1}[record["income"]]),
+            "income": {"--50000.": 0, "50000+.": 1}[record["income"]],
             "never_married": int(record[_MARITAL] == "Never-married"),
         }
 

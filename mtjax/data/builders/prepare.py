@@ -9,7 +9,7 @@ import tarfile
 import types
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -259,7 +259,7 @@ def _select(name: str) -> list[DatasetSpec]:
 
 
 @contextlib.contextmanager
-def _progress_bar(show: bool) -> Iterator[Callable[[str, str, int], None]]:
+def _progress_bar(show: bool) -> Generator[Callable[[str, str, int], None], None, None]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -278,7 +278,7 @@ def _progress_bar(show: bool) -> Iterator[Callable[[str, str, int], None]]:
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
+def _quiet_tfds() -> Generator[None, None, None]:
     # TFDS announces a download that does not happen and draws bars of its own.
     tfds.disable_progress_bar()
     try:
