@@ -43,8 +43,9 @@ def value_and_task_grads(
       has_aux: whether `losses_fn` returns `(losses, aux)`.
       axis_name: inside `shard_map` or `pmap`, the axis over which the batch is split:
         losses and per-task gradients are averaged over it before anything else, so
-        every device computes the same update as one device with the whole batch. Not
-        needed under plain `jit` with sharded arrays.
+        every device computes the same update as one device with the whole batch; aux
+        stays each device's own. The representation `z` must then hold the device's own
+        examples. Not needed under plain `jit` with sharded arrays.
 
     Returns:
       A function of `(params, *args, **kwargs)` that returns `(losses, grads)`, or
