@@ -1,0 +1,108 @@
+"""The notebooks run, say what is true, and are committed clean and with outputs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip(
+    "nbformat", reason="needs `pip install mtjax[notebooks]`"
+)
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+
+# Run after the last cell, with the names of the notebook.
+CLAIMS = {
+    "quickstart": """
+assert -1.0 <= cosine.min() and cosine.max() <= 1.0
+assert accuracy(params_sum)["left"] > 0.85
+assert accuracy(params_balanced)["left"] > 0.85
+drowned, rescued = results["sum, other units"], results["nash_mtl, other units"]
+assert rescued["left"] > drowned["left"] + 0.1
+""",
+    "compose_optimizers": """
+import scipy.optimize
+
+far = {name: distance_to(front, path[:, -1]) for name, path in paths.items()}
+for name in ("pcgrad", "mgda", "cagrad", "upgrad", "nash_mtl"):
+    assert far[name].max() < 0.1, (name, far[name])
+assert far["equal"].max() > 1.0
+assert far["uw"].max() < 0.1
+assert (abs(paths["uw"][:, -1, 0]) > 6.9).all()
+
+# Points of the front are stationary: some convex combination of gradients vanishes.
+jacobian = jax.vmap(jax.jacobian(lambda p: jnp.stack(list(losses_fn(p).values()))))
+for grads in np.asarray(jacobian(jnp.asarray(front[::400], jnp.float32))):
+    shortest = scipy.optimize.minimize_scalar(
+        lambda w: np.linalg.norm(w * grads[0] + (1 - w) * grads[1]),
+        bounds=(0, 1),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    assert shortest.fun < 1e-4
+
+ends = {choice: path[:, -1] for choice, path in paths2.items()}
+for choice, points in ends.items():
+    assert distance_to(front2, points).max() < 0.01, choice
+for weighting in ("none", "uw"):
+    for name in ("equal", "cagrad"):
+        assert np.ptp(position(ends[weighting, "none", name])) < 0.02
+assert np.ptp(position(ends["none", "none", "mgda"])) > 0.5
+for name in ("equal", "cagrad"):
+    assert np.ptp(position(ends["none", "0.1", name])) > 0.3
+""",
+}
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 400_000
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(not cell.metadata for cell in notebook.cells)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert 2 <= len(code) <= 15
+    assert "%pip install -q mtjax" in code[0].source
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert all(output.output_type != "error" for output in outputs)
+    # Warnings, and with them paths of a machine, go to this stream.
+    assert all(output.get("name") != "stderr" for output in outputs)
+
+
+def test_every_notebook_has_claims_to_check():
+    assert {path.stem for path in NOTEBOOKS} == set(CLAIMS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client")
+def test_notebook_runs(path, monkeypatch):
+    nbclient = pytest.importorskip(
+        "nbclient", reason="needs `pip install mtjax[notebooks]`"
+    )
+    pytest.importorskip("ipykernel", reason="needs `pip install mtjax[notebooks]`")
+    # The kernel runs like a reader's: one device, the library from this checkout.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    )
+    notebook = read(path)
+    notebook.cells.append(nbformat.v4.new_code_cell(CLAIMS[path.stem]))
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    )
+    client.execute()
+    images = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert images
