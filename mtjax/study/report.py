@@ -5,6 +5,7 @@ import html
 import io
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from mtjax.analysis.plots import plot_cosines, plot_curves, plot_tradeoff
@@ -76,16 +77,20 @@ def _figures(config: Config, summary: Summary) -> dict[str, tuple[Figure, str]]:
     if len(summary.tasks) >= 2:
         first, second = summary.tasks[:2]
         points = {
-            m: (c.metrics[first.name][:, -1], c.metrics[second.name][:, -1])
-            for m, c in curves.items()
+            row.method: tuple(
+                np.array(row.metrics[t.name].values) for t in (first, second)
+            )
+            for row in summary.rows
         }
+        single = points.pop(SINGLE, None)
         figures["tradeoff"] = (
             plot_tradeoff(
                 points,
-                xlabel=f"{first.name}: validation {metric_of(first).name}",
-                ylabel=f"{second.name}: validation {metric_of(second).name}",
+                xlabel=f"{first.name}: test {metric_of(first).name}",
+                ylabel=f"{second.name}: test {metric_of(second).name}",
+                baseline=single and tuple(float(v.mean()) for v in single),
             ),
-            f"Trade-off between {first.name} and {second.name} at the end of training",
+            f"Trade-off between {first.name} and {second.name}",
         )
     return figures
 

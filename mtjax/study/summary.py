@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from mtjax.data import Task
@@ -14,18 +15,18 @@ SINGLE = "single-task"
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over seeds (zero for a single seed)."""
+    """Mean and standard deviation over seeds (zero for one seed), and the values."""
 
     mean: float
     std: float
+    values: tuple[float, ...]
 
     @classmethod
     def of(cls, values) -> "Spread":
         """Over a list with one value per seed."""
         values = np.asarray(values, float)
-        return cls(
-            float(values.mean()), float(values.std(ddof=min(1, len(values) - 1)))
-        )
+        std = values.std(ddof=1) if len(values) > 1 else 0.0
+        return cls(float(values.mean()), float(std), tuple(values.tolist()))
 
 
 @dataclass(frozen=True)
@@ -99,42 +100,34 @@ class Summary:
         for task in self.tasks:
             metric = metric_of(task)
             arrow = "↑" if metric.direction == "higher" else "↓"
-            names.append(f"{task.name} {metric.name} {arrow}")
-        return [
-            "method",
-            *names,
-            "Δm % ↑",
-            "mean rank ↓",
-            f"step time / {self.step_reference}",
-            "conflict rate",
-        ]
+            unit = " %" if _in_percent(task) else ""
+            names.append(f"{task.name} {metric.name}{unit} {arrow}")
+        time = f"step time / {self.step_reference}"
+        return ["method", *names, "Δm % ↑", "mean rank ↓", time, "conflict %"]
 
     def cells(self, row: Row) -> list[str]:
         """One row as text."""
         metrics = []
         for task in self.tasks:
-            percent = metric_of(task).name == "accuracy"
-            scale, unit, digits = (100, " %", 2) if percent else (1, "", 4)
-            mean, std = row.metrics[task.name]
-            metrics.append(
-                f"{scale * mean:.{digits}f} ± {scale * std:.{digits}f}{unit}"
-            )
+            scale, digits = (100.0, 2) if _in_percent(task) else (1.0, 4)
+            metrics.append(_plus_minus(row.metrics[task.name], scale, digits))
+        if row.method == SINGLE:
+            return [row.method, *metrics, "", "", "", ""]
+        conflict = row.conflict_rate
         return [
             row.method,
             *metrics,
-            ""
-            if row.delta_m is None
-            else f"{row.delta_m.mean:+.2f} ± {row.delta_m.std:.2f}",
-            "" if row.mean_rank is None else f"{row.mean_rank:.2f}",
-            "" if row.step_ratio is None else f"{row.step_ratio:.2f}",
-            ""
-            if row.conflict_rate is None
-            else f"{100 * row.conflict_rate.mean:.0f} %",
+            "" if row.delta_m is None else _plus_minus(row.delta_m, 1.0, 2, "+"),
+            f"{row.mean_rank:.2f}",
+            f"{row.step_ratio:.2f}",
+            "" if conflict is None else f"{100 * conflict.mean:.0f}",
         ]
 
     def table(self) -> Table:
         """The table for a terminal."""
-        table = Table(*self.headers(), title="Test set, mean ± standard deviation")
+        title = "Test set: mean ± standard deviation over seeds"
+        table = Table(*self.headers(), title=title, box=box.SIMPLE_HEAD)
+        table.columns[0].no_wrap = True
         for column in table.columns[1:]:
             column.justify = "right"
         for row in self.rows:
@@ -228,3 +221,11 @@ def _curves(tasks, runs) -> Curves:
         losses={t.name: gather(f"{t.name}/loss") for t in tasks},
         cosine=gather("cosine") if has_cosine else None,
     )
+
+
+def _in_percent(task: Task) -> bool:
+    return metric_of(task).name == "accuracy"
+
+
+def _plus_minus(spread: Spread, scale: float, digits: int, sign: str = "") -> str:
+    return f"{scale * spread.mean:{sign}.{digits}f} ± {scale * spread.std:.{digits}f}"
