@@ -1,0 +1,87 @@
+"""The methods once more, in float64 and from their definitions, on whole gradients."""
+
+import numpy as np
+from scipy.optimize import minimize, nnls, root
+
+
+def shortest_in_hull(grads):
+    """The shortest vector in the convex hull of the rows."""
+    lengths = np.linalg.norm(grads, axis=1)
+    unit = lengths.min()
+    # Least squares with the sum of the weights as one more equation: its solution is
+    # a multiple of the shortest vector's weights.
+    system = np.vstack([(grads / lengths[:, None]).T, unit / lengths])
+    target = np.append(np.zeros(grads.shape[1]), 1.0)
+    weights = nnls(system, target, maxiter=10_000)[0] / lengths
+    return weights @ grads / weights.sum()
+
+
+def surgery(grads, orders):
+    """PCGrad's sum, given for each task the order of the others."""
+    total = np.zeros(grads.shape[1])
+    for task, order in enumerate(orders):
+        g = grads[task].copy()
+        for other in order:
+            product = g @ grads[other]
+            if other != task and product < 0:
+                g -= product / (grads[other] @ grads[other]) * grads[other]
+        total += g
+    return total
+
+
+def conflict_averse(grads, c):
+    """CAGrad before rescaling: its primal problem, by sequential programming."""
+    mean = grads.mean(axis=0)
+    unit = np.linalg.norm(mean)
+    basis = np.linalg.svd(grads, full_matrices=False)[2]
+    rows, center = grads @ basis.T / unit, basis @ mean / unit
+    solution = minimize(
+        lambda x: -x[-1],
+        np.append(center, (rows @ center).min()),
+        jac=lambda x: np.append(np.zeros(len(center)), -1.0),
+        constraints=[
+            {
+                "type": "ineq",
+                "fun": lambda x: rows @ x[:-1] - x[-1],
+                "jac": lambda x: np.hstack([rows, -np.ones((len(rows), 1))]),
+            },
+            {
+                "type": "ineq",
+                "fun": lambda x: c**2 - np.sum((x[:-1] - center) ** 2),
+                "jac": lambda x: np.append(-2.0 * (x[:-1] - center), 0.0),
+            },
+        ],
+        method="SLSQP",
+        options={"maxiter": 1000, "ftol": 1e-14},
+    )
+    return unit * solution.x[:-1] @ basis
+
+
+def bargain(grads):
+    """Nash-MTL before clipping: the root of its equation, in log(weight times norm)."""
+    units = grads / np.linalg.norm(grads, axis=1, keepdims=True)
+    matrix = units @ units.T
+    start = -0.5 * np.log(np.maximum(matrix.sum(axis=1), 0.1))
+    solution = root(lambda u: np.exp(u) * (matrix @ np.exp(u)) - 1.0, start, tol=1e-13)
+    assert solution.success
+    return np.exp(solution.x) @ units
+
+
+def mean_projection(grads, reg_eps):
+    """UPGrad's weights: every unit vector's dual problem, by least squares."""
+    gramian = grads @ grads.T
+    size = len(grads)
+    matrix = gramian / np.trace(gramian) + reg_eps * np.eye(size)
+    factor = np.linalg.cholesky(matrix).T
+    wanted = np.eye(size) / size
+    extra = [nnls(factor, -factor @ u, maxiter=10_000)[0] for u in wanted]
+    return (wanted + extra).sum(axis=0)
+
+
+def adam(slope, moments, learning_rate, b1=0.9, b2=0.999, eps=1e-8):
+    """The change by Adam, and its moments: first, second, count."""
+    first, second, count = moments
+    first, second = b1 * first + (1 - b1) * slope, b2 * second + (1 - b2) * slope**2
+    count += 1
+    step = first / (1 - b1**count) / (np.sqrt(second / (1 - b2**count)) + eps)
+    return -learning_rate * step, (first, second, count)
