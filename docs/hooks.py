@@ -10,6 +10,7 @@ import base64
 import fnmatch
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import griffe
@@ -50,6 +51,14 @@ def home(module: str, name: str) -> tuple[str, str]:
     return module, name
 
 
+def documented_in(name: str, target: str) -> str | None:
+    """The package on whose page an object stands: the first of those that export it."""
+    for package in packages()[1:]:
+        if name in public_names(package) and ".".join(home(package, name)) == target:
+            return package
+    return None
+
+
 def summary(module: str, name: str) -> str:
     """First line of a docstring; that of a constant stands after it."""
     body = _parse(module).body
@@ -75,7 +84,7 @@ def api_page(package: str) -> str:
         target = f"{module}.{original}"
         text = to_markdown(summary(module, original)).replace("|", r"\|")
         lines.append(f"| [`{name}`][{target}] | {text} |")
-        if package != PACKAGE:
+        if package == documented_in(name, target):
             bodies += ["", f"::: {target}"]
     return "\n".join(lines + bodies) + "\n"
 
@@ -83,6 +92,11 @@ def api_page(package: str) -> str:
 def _parse(module: str) -> ast.Module:
     path = ROOT / Path(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return _parse_file(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1000)
+def _parse_file(path: Path, _modified: int) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
