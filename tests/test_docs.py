@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/guide/*.md")])
+PAGES = [
+    *ROOT.glob("README.md"),
+    *sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/guide/*.md")]),
+]
 # A block of Python and, if one follows at once, the block of what it prints.
 BLOCK = re.compile(
     r"^```python\n(?P<code>.*?)^```$(?:\n+```output\n(?P<output>.*?)^```$)?",
