@@ -27,6 +27,9 @@ def losses_fn(params, x):
     return losses_from_z(params, encode(params, x), x)
 
 
+gradient_per_task = jax.jit(jax.jacrev(losses_fn))
+
+
 class Problem(NamedTuple):
     params: dict
     x: jax.Array  # (16, 6)
@@ -47,7 +50,7 @@ class Problem(NamedTuple):
 
     def per_task(self):
         """Each task's gradient by `jax.jacrev`, in the order of the tasks."""
-        rows = jax.jit(jax.jacrev(losses_fn))(self.params, self.x)
+        rows = gradient_per_task(self.params, self.x)
         return [rows[task] for task in TASKS]
 
     def stacked(self):
