@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 def balancer(
     name: str,
-    init: Callable[[PyTree], Any],
+    init: optax.TransformInitFn,
     update: Callable[[TaskGradients, Any, Step], tuple[Any, Any]],
     *,
     num_tasks: int | None = None,
@@ -98,6 +98,12 @@ def balancer(
             present = jnp.ones(len(grads.tasks), bool)
         else:
             present = jnp.asarray(present, bool)
+            if present.shape != (len(grads.tasks),):
+                raise ValueError(
+                    "`present` must have one entry for each of the tasks "
+                    f"{grads.tasks}, got shape {present.shape}; pass a mask in the "
+                    "order of the sorted task names."
+                )
             grads = grads.scale(present.astype(jnp.float32))
         step = Step(params, losses, present, key, losses_fn)
         return update(grads, state, step)
@@ -206,8 +212,15 @@ def keep_moments(
     Returns:
       A state of the same structure.
     """
+    # Inside `optax.masked` and `optax.multi_transform` some parameters have no state.
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
     moves = optax.tree.map_params(
-        optimizer, lambda _, m: m, new, moves, transform_non_params=lambda _: others
+        optimizer.init,
+        lambda x, m: x if is_masked(x) else m,
+        new,
+        moves,
+        transform_non_params=lambda _: others,
+        is_leaf=is_masked,
     )
     return jax.tree.map(
         lambda m, n, o: n if m is True else jnp.where(m, n, o), moves, new, old

@@ -32,9 +32,11 @@ def constant(
       >>> print(tx.update(jnp.array([[1.0, 0.0], [0.0, 3.0]]), tx.init(None))[0])
       [2. 3.]
     """
-    named = isinstance(weights, Mapping)
-    order = sorted(weights) if named else None
-    values = [weights[task] for task in order] if named else list(weights)
+    if isinstance(weights, Mapping):
+        order = tuple(sorted(weights))
+        values = [weights[task] for task in order]
+    else:
+        order, values = None, list(weights)
     if not values or not np.all(np.isfinite(values)) or min(values) < 0:
         raise ValueError(
             f"`weights` must be finite and not negative, one per task, got {weights}."
@@ -42,7 +44,7 @@ def constant(
 
     def update(grads, state, step):
         del step
-        if order is not None and tuple(order) != grads.tasks:
+        if order is not None and order != grads.tasks:
             raise ValueError(
                 f"`weights` must name exactly the tasks {grads.tasks}, got {order}."
             )

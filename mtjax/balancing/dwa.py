@@ -83,7 +83,7 @@ def dwa(
         mean = jnp.where(seen, sums / jnp.maximum(counts, 1.0), state.last)
         before = jnp.where(seen, state.last, state.before_last)
         state = DWAState(
-            step=optax.safe_increment(state.step),
+            step=state.step + 1,
             sums=jnp.where(ends, 0.0, sums),
             counts=jnp.where(ends, 0.0, counts),
             last=jnp.where(ends, mean, state.last),

@@ -88,7 +88,7 @@ def nash_mtl(
                 1.0, max_norm / jnp.where(length > 0, length, 1.0)
             )
         state = NashMTLState(
-            step=optax.safe_increment(state.step),
+            step=state.step + 1,
             shares=keep_absent(shares, state.shares, kept),
         )
         return grads.combine(used / norms), state

@@ -81,7 +81,7 @@ def uw(
         moves = step.present & jnp.isfinite(step.losses)
         slope = jnp.where(moves, 0.5 - weights * step.losses, 0.0)
         change, opt_state = optimizer.update(slope, state.opt_state, s)
-        s_new = keep_absent(optax.apply_updates(s, change), s, moves)
+        s_new = keep_absent(s + change, s, moves)
         opt_state = keep_moments(
             optimizer,
             opt_state,

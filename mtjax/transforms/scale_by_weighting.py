@@ -1,5 +1,7 @@
 """A loss weighting in front of any other balancer."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -33,7 +35,8 @@ def scale_by_weighting(
 
     def update(grads, state, step):
         # Of a Jacobian that is the identity, the weighted sum is the weights.
-        identity = TaskGradients.from_stacked(jnp.eye(len(grads.tasks)), grads.tasks)
+        jacobian = jnp.eye(len(grads.tasks))
+        identity: Any = TaskGradients.from_stacked(jacobian, grads.tasks)
         weights, state = weighting.update(
             identity,
             state,

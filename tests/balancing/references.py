@@ -1,7 +1,7 @@
 """The methods once more, in float64 and from their definitions, on whole gradients."""
 
 import numpy as np
-from scipy.optimize import minimize, nnls, root
+from scipy.optimize import minimize, nnls
 
 
 def shortest_in_hull(grads):
@@ -58,12 +58,19 @@ def conflict_averse(grads, c):
 
 
 def bargain(grads):
-    """Nash-MTL before clipping: the root of its equation, in log(weight times norm)."""
+    """Nash-MTL before clipping: the minimum in log(weight times norm)."""
     units = grads / np.linalg.norm(grads, axis=1, keepdims=True)
     matrix = units @ units.T
-    start = -0.5 * np.log(np.maximum(matrix.sum(axis=1), 0.1))
-    solution = root(lambda u: np.exp(u) * (matrix @ np.exp(u)) - 1.0, start, tol=1e-13)
-    assert solution.success
+    product = lambda u: np.exp(u) * (matrix @ np.exp(u))
+    solution = minimize(
+        lambda u: 0.5 * np.exp(u) @ matrix @ np.exp(u) - u.sum(),
+        np.zeros(len(grads)),
+        jac=lambda u: product(u) - 1.0,
+        hess=lambda u: np.outer(np.exp(u), np.exp(u)) * matrix + np.diag(product(u)),
+        method="trust-exact",
+        options={"gtol": 1e-9, "maxiter": 1000},
+    )
+    np.testing.assert_allclose(product(solution.x), 1.0, atol=1e-6)
     return np.exp(solution.x) @ units
 
 
