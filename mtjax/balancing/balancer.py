@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 def balancer(
     name: str,
-    init: optax.TransformInitFn,
+    init: Callable[..., Any],
     update: Callable[[TaskGradients, Any, Step], tuple[Any, Any]],
     *,
     num_tasks: int | None = None,
