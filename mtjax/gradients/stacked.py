@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtjax.gradients._axis import device_local
+from mtjax.gradients.gramian import gramian_of_rows, gramian_of_tasks
 from mtjax.gradients.split import ParameterSplit
-from mtjax.gradients.task_gradients import gramian_of_rows
 from mtjax.gradients.trace import Cotangents
 
 PyTree = Any
@@ -20,6 +20,8 @@ PyTree = Any
 # longer to compile is won back within 50 steps up to here (at 16: 0.8 s and 3 s, at 32:
 # 4 s and 15 s), but it grows faster than the number of tasks.
 _MAX_UNROLLED_ON_CPU = 32
+# From here on one product of stacked gradients beats one pass per pair of tasks.
+_MAX_PAIRED_ON_CPU = 16
 
 
 class StackedEngine:
@@ -60,12 +62,9 @@ class StackedEngine:
 
     def gramian(self) -> Float[Array, "tasks tasks"]:
         """Inner products of the tasks' gradients, float32."""
-        num_tasks = len(self._dtypes)
         if self._pull_representation is None:
-            rows = self._average(self._rows(self._pull_shared))
-            return gramian_of_rows(rows, num_tasks)
-        rows = jax.tree.leaves(self._rows(self._pull_representation))
-        gramian = gramian_of_rows(rows, num_tasks)
+            return self._gramian(lambda c: self._average(self._pull_shared(c)))
+        gramian = self._gramian(self._pull_representation)
         if self._axis_name is None:
             return gramian
         # Each device holds its part of the batch, whose mean loss counts 1/n: the
@@ -77,14 +76,26 @@ class StackedEngine:
         grads = jax.tree.leaves(self._pullback(cotangents))
         return [g for g, s in zip(grads, jax.tree.leaves(self._split.shared)) if s]
 
-    def _rows(self, pull: Callable[[Cotangents], PyTree]) -> PyTree:
-        """What is pulled back, task by task, with a leading task axis."""
+    def _gramian(
+        self, pull: Callable[[Cotangents], PyTree]
+    ) -> Float[Array, "tasks tasks"]:
         num_tasks = len(self._dtypes)
+        if unroll_pullbacks(num_tasks) and num_tasks <= _MAX_PAIRED_ON_CPU:
+            return gramian_of_tasks([jax.tree.leaves(g) for g in self._tasks(pull)])
+        return gramian_of_rows(jax.tree.leaves(self._rows(pull)), num_tasks)
+
+    def _rows(self, pull: Callable[[Cotangents], PyTree]) -> PyTree:
+        """What is pulled back, with a leading task axis."""
+        num_tasks = len(self._dtypes)
+        if unroll_pullbacks(num_tasks):
+            return jax.tree.map(lambda *g: jnp.stack(g), *self._tasks(pull))
         basis = jnp.eye(num_tasks, dtype=jnp.float32)
-        if not unroll_pullbacks(num_tasks):
-            return jax.vmap(lambda e: pull(self._cotangents(e)))(basis)
-        rows = [pull(self._cotangents(e)) for e in basis]
-        return jax.tree.map(lambda *tasks: jnp.stack(tasks), *rows)
+        return jax.vmap(lambda e: pull(self._cotangents(e)))(basis)
+
+    def _tasks(self, pull: Callable[[Cotangents], PyTree]) -> list[PyTree]:
+        """What is pulled back, task by task."""
+        basis = jnp.eye(len(self._dtypes), dtype=jnp.float32)
+        return [pull(self._cotangents(e)) for e in basis]
 
     def _cotangents(self, weights) -> Cotangents:
         cotangents = {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from mtjax.gradients.gramian import gramian_of_rows
 from mtjax.gradients.split import ParameterSplit, path_name
 
 PyTree = Any
@@ -206,26 +207,3 @@ class _Stacked:
     def gramian(self):
         leaves = jax.tree.leaves(self._grads)
         return gramian_of_rows(leaves, leaves[0].shape[0])
-
-
-def gramian_of_rows(
-    leaves: Sequence[Array], num_tasks: int
-) -> Float[Array, "tasks tasks"]:
-    """Sums the inner products over leaves with a leading task axis, in float32.
-
-    All trailing axes are contracted as they are: a reshape would make the compiler
-    gather leaves that are sharded over devices.
-    """
-    total = jnp.zeros((num_tasks, num_tasks), jnp.float32)
-    for leaf in leaves:
-        if leaf.dtype == jnp.float64:  # a product may not be narrower than its factors
-            leaf = leaf.astype(jnp.float32)
-        axes = tuple(range(1, leaf.ndim))
-        total = total + jax.lax.dot_general(
-            leaf,
-            leaf,
-            ((axes, axes), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-    return total
