@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from mtjax.balancing.balancer import gramian_balancer
-from mtjax.balancing.solvers import RIDGE, cosines, shortest_in_hull
+from mtjax.balancing.solvers import RIDGE, cosines, full_precision, shortest_in_hull
 
 # Halvings of a bracket of 70 natural logarithms, down to float32's precision.
 _BISECTIONS = 28
@@ -58,6 +58,7 @@ def cagrad(
     return gramian_balancer("cagrad", weigh)
 
 
+@full_precision
 def conflict_averse_weights(
     gramian: Float[Array, "tasks tasks"], present: Bool[Array, " tasks"], c: float
 ) -> Float[Array, " tasks"]:

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from mtjax.balancing.balancer import balancer, keep_absent, masked_gramian
-from mtjax.balancing.solvers import cosines, nash_equilibrium
+from mtjax.balancing.solvers import cosines, full_precision, nash_equilibrium
 
 
 class NashMTLState(NamedTuple):
@@ -31,7 +31,8 @@ def nash_mtl(
     :math:`d = \sum_t \alpha_t g_t` with :math:`\alpha > 0` such that
     :math:`G G^\top \alpha = 1 / \alpha`. The direction does not change if a loss is
     multiplied by a positive number. Before clipping its norm is the square root of the
-    number of tasks, whatever the gradients.
+    number of tasks, whatever the gradients; where no direction improves all tasks it
+    has no solution, and ours shrinks to almost nothing.
 
     Args:
       num_tasks: number of tasks.
@@ -83,10 +84,7 @@ def nash_mtl(
         # A Gramian that overflowed must show in the update, not stay in the state.
         kept = active & jnp.isfinite(shares)
         if max_norm is not None:
-            length = jnp.sqrt(jnp.maximum(used @ matrix @ used, 0.0))
-            used = used * jnp.minimum(
-                1.0, max_norm / jnp.where(length > 0, length, 1.0)
-            )
+            used = used * jnp.minimum(1.0, max_norm / _length(used, matrix))
         state = NashMTLState(
             step=state.step + 1,
             shares=keep_absent(shares, state.shares, kept),
@@ -94,3 +92,10 @@ def nash_mtl(
         return grads.combine(used / norms), state
 
     return balancer("nash_mtl", init, update, num_tasks=num_tasks)
+
+
+@full_precision
+def _length(weights, matrix):
+    """Length of a weighted sum of unit gradients, 1 where it is zero."""
+    square = weights @ matrix @ weights
+    return jnp.sqrt(jnp.where(square > 0, square, 1.0))

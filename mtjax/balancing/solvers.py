@@ -14,6 +14,10 @@ from jaxtyping import Array, Bool, Float
 # so that linearly dependent gradients do not make a linear system singular.
 RIDGE = 1e-6
 
+# Without it GPUs and TPUs would round the inputs of matrix products to fewer bits, by
+# which the solvers lose their way. A decorator of what multiplies matrices.
+full_precision = jax.default_matmul_precision("highest")
+
 
 class Cosines(NamedTuple):
     """The Gramian in terms of directions and lengths.
@@ -41,6 +45,7 @@ def cosines(gramian: Float[Array, "tasks tasks"]) -> Cosines:
     return Cosines(off_diagonal + eye, norms, active)
 
 
+@full_precision
 def nonnegative_qp(
     matrix: Float[Array, "tasks tasks"],
     linear: Float[Array, " tasks"],
@@ -133,6 +138,7 @@ def shortest_in_hull(
     return weights / jnp.where(total > 0, total, 1.0), free
 
 
+@full_precision
 def nash_equilibrium(
     matrix: Float[Array, "tasks tasks"],
     start: Float[Array, " tasks"],

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtjax.balancing.balancer import gramian_balancer
-from mtjax.balancing.solvers import nonnegative_qp
+from mtjax.balancing.solvers import full_precision, nonnegative_qp
 
 
 def upgrad(
@@ -71,6 +71,7 @@ def upgrad(
     return gramian_balancer("upgrad", weigh)
 
 
+@full_precision
 def projection_weights(
     gramian: Float[Array, "tasks tasks"],
     preference: Float[Array, " tasks"],
