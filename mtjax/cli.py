@@ -65,8 +65,8 @@ def train(config: tyro.conf.OmitArgPrefixes[Config], out: Out) -> None:
 
 
 def list_all() -> None:
-    """Show the methods and the data sets there are."""
-    from mtjax.data import available, problem_names
+    """Show the methods and the data there are."""
+    from mtjax.data import problem_names
 
     console = Console()
     table = Table("method", "looks at", "idea", title="Methods (--methods)")
@@ -74,10 +74,11 @@ def list_all() -> None:
         table.add_row(name, method.kind, method.idea)
     console.print(table)
     console.print(f"Problems (--data): {', '.join(problem_names())}")
-    table = Table("name", "tasks", "licence", title="Data (mtjax data prepare NAME)")
-    for row in available():
-        table.add_row(row.name, ", ".join(row.tasks), row.licence)
-    console.print(table)
+    data_list()
+
+
+def data() -> None:
+    """Prepare data sets: `mtjax data prepare`, `mtjax data list`."""
 
 
 def data_prepare(
@@ -87,27 +88,44 @@ def data_prepare(
     ],
     data_dir: Annotated[Path, tyro.conf.arg(help="where prepared data are kept")],
 ) -> None:
-    """Turn the original files of a data set into array_record files, once."""
+    """Turn the original files of a data set into array_record files, once.
+
+    Args:
+      name: data set, as `mtjax data list` names it.
+      source: folder with the original files.
+      data_dir: where prepared data are kept.
+    """
     from mtjax.data import prepare
 
     folder = prepare(name, source, data_dir)
     Console().print(f"Prepared {name} in {folder}")
 
 
+def data_list() -> None:
+    """Show the data sets that can be prepared."""
+    from mtjax.data import available
+
+    table = Table("name", "tasks", "licence", title="Data (mtjax data prepare NAME)")
+    for row in available():
+        table.add_row(row.name, ", ".join(row.tasks), row.licence)
+    Console().print(table)
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs the command; exits with status 2 on errors that the user can mend."""
+    args = sys.argv[1:] if args is None else args
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {
+        if args[:1] == ["data"]:
+            commands = {"prepare": data_prepare, "list": data_list}
+            _dispatch(commands, data.__doc__, "mtjax data", args[1:])
+        else:
+            commands = {
                 "quickstart": quickstart,
                 "train": train,
                 "list": list_all,
-                "data prepare": data_prepare,
-            },
-            description=_ABOUT,
-            prog="mtjax",
-            args=args,
-        )
+                "data": data,
+            }
+            _dispatch(commands, _ABOUT, "mtjax", args)
     except KeyboardInterrupt:
         print("Stopped; give the same command again to go on.", file=sys.stderr)
         sys.exit(130)
@@ -118,6 +136,12 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _dispatch(commands, description, prog, args) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        commands, description=description, prog=prog, args=args
+    )
+
+
 def _run(config: Config, out: Path) -> None:
     from mtjax.study import run_study, write_report
 
@@ -126,6 +150,7 @@ def _run(config: Config, out: Path) -> None:
     start = time.monotonic()
     summary = run_study(config, out)
     paths = write_report(config, summary, out)
-    console = Console()
+    # A pipe has no width of its own: do not cut the table for it.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(summary.table())
     console.print(f"Done in {time.monotonic() - start:.0f} s. Look at {paths[0]}")

@@ -1,5 +1,7 @@
 """The command as people type it: output, errors, exit status."""
 
+from pathlib import Path
+
 import pytest
 
 from mtjax.cli import main
@@ -19,7 +21,7 @@ def run(capsys, *args):
 def test_help_teaches(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for word in ("quickstart", "train", "list", "data prepare", "goes on"):
+    for word in ("quickstart", "train", "list", "mtjax data prepare", "goes on"):
         assert word in out
     status, out, _ = run(capsys, "train", "--help")
     assert status == 0
@@ -55,6 +57,38 @@ def test_errors_exit_with_2_and_write_nothing(
     assert message in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_has_commands_of_its_own(capsys):
+    status, out, _ = run(capsys, "data", "--help")
+    assert status == 0
+    assert "prepare" in out
+    status, out, _ = run(capsys, "data", "list")
+    assert status == 0
+    assert "census_income_kdd" in out
+    status, _, err = run(capsys, "data")
+    assert status == 2
+    assert "prepare" in err
+
+
+def test_prepare_then_train(capsys, tmp_path):
+    source = Path(__file__).parents[2] / "shared" / "data" / "energy_efficiency"
+    if not source.exists():
+        pytest.skip("needs ../shared/data/energy_efficiency")
+    data = ["--data-dir", str(tmp_path / "data")]
+    status, out, _ = run(
+        capsys, "data", "prepare", "energy_efficiency", "--from", str(source), *data
+    )
+    assert status == 0
+    assert "Prepared" in out
+    flags = ["--steps", "4", "--seeds", "2", "--methods", "equal", "--no-single-task"]
+    status, out, _ = run(
+        capsys,
+        *["train", "--data", "energy_efficiency", *data, *flags],
+        *["--out", str(tmp_path / "run")],
+    )
+    assert status == 0
+    assert "rmse" in out
 
 
 def test_prepare_without_the_files_says_which(capsys, tmp_path):

@@ -39,7 +39,7 @@ class Config:
     )
     single_task: bool = True
     seeds: int = 3
-    steps: int = 300
+    steps: int = 400
     batch_size: int = 64
     learning_rate: float = 2e-3
     eval_every: int | None = None

@@ -101,15 +101,15 @@ class Summary:
             metric = metric_of(task)
             arrow = "↑" if metric.direction == "higher" else "↓"
             unit = " %" if _in_percent(task) else ""
-            names.append(f"{task.name} {metric.name}{unit} {arrow}")
-        time = f"step time / {self.step_reference}"
-        return ["method", *names, "Δm % ↑", "mean rank ↓", time, "conflict %"]
+            names.append(f"{task.name}\n{metric.name}{unit} {arrow}")
+        time = f"step time\n/ {self.step_reference}"
+        return ["method", *names, "Δm\n% ↑", "mean\nrank ↓", time, "conflict\n%"]
 
     def cells(self, row: Row) -> list[str]:
         """One row as text."""
         metrics = []
         for task in self.tasks:
-            scale, digits = (100.0, 2) if _in_percent(task) else (1.0, 4)
+            scale, digits = (100.0, 2) if _in_percent(task) else (1.0, 3)
             metrics.append(_plus_minus(row.metrics[task.name], scale, digits))
         if row.method == SINGLE:
             return [row.method, *metrics, "", "", "", ""]
@@ -126,10 +126,15 @@ class Summary:
     def table(self) -> Table:
         """The table for a terminal."""
         title = "Test set: mean ± standard deviation over seeds"
-        table = Table(*self.headers(), title=title, box=box.SIMPLE_HEAD)
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = Table(
+            *self.headers(),
+            title=title,
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for i, column in enumerate(table.columns):
+            column.no_wrap, column.justify = True, "right" if i else "left"
         for row in self.rows:
             table.add_row(*self.cells(row))
         return table
@@ -228,4 +233,4 @@ def _in_percent(task: Task) -> bool:
 
 
 def _plus_minus(spread: Spread, scale: float, digits: int, sign: str = "") -> str:
-    return f"{scale * spread.mean:{sign}.{digits}f} ± {scale * spread.std:.{digits}f}"
+    return f"{scale * spread.mean:{sign}.{digits}f}±{scale * spread.std:.{digits}f}"
