@@ -63,9 +63,10 @@ def dwa(
 
     def init(params):
         del params
-        zeros = jnp.zeros(num_tasks, jnp.float32)
-        unseen = jnp.full(num_tasks, jnp.nan, jnp.float32)
-        return DWAState(jnp.zeros((), jnp.int32), zeros, zeros, unseen, unseen)
+        zeros = lambda: jnp.zeros(num_tasks, jnp.float32)
+        unseen = lambda: jnp.full(num_tasks, jnp.nan, jnp.float32)
+        # An array per field: a buffer that two fields share cannot be donated.
+        return DWAState(jnp.zeros((), jnp.int32), zeros(), zeros(), unseen(), unseen())
 
     def weigh(state, present):
         ratios = state.last / state.before_last

@@ -63,7 +63,7 @@ def graddrop(
 
     def init(params):
         del params
-        return GradDropState(start)
+        return GradDropState(jnp.copy(start))
 
     def update(grads, state, step):
         if leak is not None and len(leak) != len(grads.tasks):

@@ -66,7 +66,7 @@ def pcgrad(
 
     def init(params):
         del params
-        return PCGradState(start)
+        return PCGradState(jnp.copy(start))
 
     def update(grads, state, step):
         next_key, step_key = jax.random.split(state.key)

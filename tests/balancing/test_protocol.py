@@ -69,6 +69,15 @@ def test_keeps_bfloat16_parameters_and_a_float32_state(method):
 
 
 @each_method
+def test_fresh_states_can_be_donated(method):
+    tx, params = method.make(SIZE), model.params()
+    touch = jax.jit(lambda state: jax.tree.map(jnp.copy, state), donate_argnums=0)
+    for _ in range(2):  # a buffer that two states share is gone the second time
+        state = touch(tx.init(params))
+    chex.assert_trees_all_equal(model.raw(state), model.raw(tx.init(params)))
+
+
+@each_method
 def test_runs_in_scan_cond_and_vmap(method):
     tx, batch, seeds = method.make(SIZE), model.batch(), (0, 1)
 
