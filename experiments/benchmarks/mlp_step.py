@@ -1,14 +1,15 @@
 """Step time and peak memory of balancers on an MLP, beside torchjd in the same run.
 
 The model of DESIGN, section 6: eight tasks on a 512 -> 3 x 1024 trunk, batch 256, SGD.
-Every cell is a process of its own, so that its memory can be told: "peak MB" is what
-the process holds in a step beyond what it holds between steps. Cells of both libraries
-take turns, and the ratios are of medians over the rounds.
+Every cell is a process of its own, so that its memory can be told: "peak MB" is what a
+step holds beyond parameters and batch, for mtjax the compiler's plan (exact, and kept
+between steps), for torchjd the rise of resident memory during steps. Cells of both
+libraries take turns, and the ratios are of medians over the rounds.
 
 Command:  python experiments/benchmarks/mlp_step.py --torch-python TORCH_ENV/bin/python
 Peer:     python3 -m venv TORCH_ENV && TORCH_ENV/bin/pip install torch torchjd==0.18.0
 Machine:  two CPU cores.    Minutes: 4.
-Expect:   loss weightings within 1.15 of the plain sum; Gramian methods at about six
+Expect:   loss weightings within 1.05 of the plain sum; Gramian methods at about eight
           plain sums, at less than half of torchjd's time and memory.
 """
 

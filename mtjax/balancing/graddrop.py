@@ -78,14 +78,12 @@ def graddrop(
         is_shared = jax.tree.leaves(grads.shared)
         keys = jax.random.split(step_key, len(stacked))
 
+        leaks = [0.0] * len(grads.tasks) if leak is None else list(leak)
+
         def drop(g, shared, key):
-            mask = step.present.reshape(-1, *[1] * (g.ndim - 1))
-            g = jnp.where(mask, g, 0)
-            if not shared:
-                return jnp.sum(g, axis=0)
-            leaks = jnp.zeros(len(g)) if leak is None else jnp.asarray(leak, g.dtype)
-            leaks = leaks.reshape(mask.shape).astype(g.dtype)
-            return jnp.sum(_keep_one_sign(g, leaks, key), axis=0)
+            # Task by task: one fused pass, where reductions over a task axis take many.
+            rows = [jnp.where(p, row, 0) for p, row in zip(step.present, g)]
+            return sum(_keep_one_sign(rows, leaks, key) if shared else rows)
 
         leaves = [drop(g, s, k) for g, s, k in zip(stacked, is_shared, keys)]
         return structure.unflatten(leaves), GradDropState(next_key)
@@ -93,11 +91,16 @@ def graddrop(
     return balancer("graddrop", init, update)
 
 
-def _keep_one_sign(g, leaks, key):
-    total = jnp.sum(jnp.abs(g), axis=0, dtype=jnp.float32)
-    share = jnp.sum(g, axis=0, dtype=jnp.float32) / jnp.where(total > 0, total, 1.0)
-    purity = 0.5 * (1.0 + share)
+def _keep_one_sign(
+    rows: Sequence[Array], leaks: Sequence[float], key: Array
+) -> list[Array]:
+    wide = [row.astype(jnp.float32) for row in rows]
+    total = sum(jnp.abs(row) for row in wide)
+    purity = 0.5 * (1.0 + sum(wide) / jnp.where(total > 0, total, 1.0))
     # Where all signs agree the purity is 0 or 1 and no draw in (0, 1) changes that.
     draw = jax.random.uniform(key, purity.shape, minval=1e-7)
-    survives = jnp.where(g > 0, purity > draw, purity < draw)
-    return g * (leaks + (1 - leaks) * survives.astype(g.dtype))
+    survive = [jnp.where(row > 0, purity > draw, purity < draw) for row in rows]
+    return [
+        jnp.where(stays, row, leak * row)
+        for row, stays, leak in zip(rows, survive, leaks)
+    ]
