@@ -77,18 +77,20 @@ def _figures(config: Config, summary: Summary) -> dict[str, tuple[Figure, str]]:
     if len(summary.tasks) >= 2:
         first, second = summary.tasks[:2]
         points = {
-            row.method: tuple(
-                np.array(row.metrics[t.name].values) for t in (first, second)
+            row.method: (
+                np.array(row.metrics[first.name].values),
+                np.array(row.metrics[second.name].values),
             )
             for row in summary.rows
         }
         single = points.pop(SINGLE, None)
+        baseline = None if single is None else (single[0].mean(), single[1].mean())
         figures["tradeoff"] = (
             plot_tradeoff(
                 points,
                 xlabel=f"{first.name}: test {metric_of(first).name}",
                 ylabel=f"{second.name}: test {metric_of(second).name}",
-                baseline=single and tuple(float(v.mean()) for v in single),
+                baseline=baseline,
             ),
             f"Trade-off between {first.name} and {second.name}",
         )
