@@ -177,12 +177,15 @@ class TaskGradients:
         """Names the tasks and the engine."""
         return f"TaskGradients(tasks={self.tasks}, engine={self._engine.name!r})"
 
-    def __jax_array__(self):
-        """Raises: task gradients are not an array."""
+    def _refuse(self, *unused: Any):
+        """Raises: task gradients are not an array to compute with."""
         raise TypeError(
             "A transform that needs plain gradients got `TaskGradients`. Put a "
             "balancer such as `mtjax.pcgrad()` before it in `optax.chain`."
         )
+
+    __jax_array__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __neg__ = _refuse
 
 
 class _Stacked:

@@ -32,7 +32,11 @@ from mtjax.training.commit import (
     write_commit,
 )
 from mtjax.training.logging import flatten_metrics
-from mtjax.training.run_config import check_same_config, config_to_json
+from mtjax.training.run_config import (
+    check_same_config,
+    config_to_json,
+    differences,
+)
 from mtjax.training.state import TrainState
 
 
@@ -337,12 +341,7 @@ def _describe(tree: Any) -> dict[str, str]:
 
 
 def _check_leaves(saved: dict[str, str], given: dict[str, str], path: Path) -> None:
-    lines = [
-        f"  {name}: {saved.get(name, 'missing')} there, "
-        f"{given.get(name, 'missing')} here"
-        for name in sorted(saved.keys() | given.keys())
-        if saved.get(name) != given.get(name)
-    ]
+    lines = differences(saved, given)
     if lines:
         raise ValueError(
             f"`template` must fit the checkpoint {path}; these leaves differ:\n"

@@ -76,15 +76,20 @@ def check_same_config(path: Path, config: Any) -> None:
     """
     saved = _flatten(json.loads(path.read_text(encoding="utf-8")))
     given = _flatten(json.loads(config_to_json(config)))
-    lines = [
-        f"  {name}: {saved.get(name, 'missing')} there, "
-        f"{given.get(name, 'missing')} here"
-        for name in sorted(saved.keys() | given.keys())
-        if saved.get(name) != given.get(name)
-    ]
+    lines = differences(saved, given)
     if lines:
         raise ConfigMismatchError(
             f"`config` must equal the one in {path}; these fields differ:\n"
             + "\n".join(lines)
             + "\nUse another folder, or restore the old values."
         )
+
+
+def differences(saved: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
+    """One line for each name whose saved value differs from the given one."""
+    return [
+        f"  {name}: {saved.get(name, 'missing')} there, "
+        f"{given.get(name, 'missing')} here"
+        for name in sorted(saved.keys() | given.keys())
+        if saved.get(name) != given.get(name)
+    ]

@@ -59,6 +59,15 @@ def test_jit_with_one_sharded_parameter(problem, engine, expected, mesh):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(problem, engine, expected, mesh, check_vma):
+    assert_shard_map_agrees(problem, engine, expected, mesh, check_vma)
+
+
+def test_shard_map_with_vmapped_pullbacks(problem, engine, expected, mesh, monkeypatch):
+    monkeypatch.setattr("mtjax.gradients.stacked._MAX_UNROLLED_ON_CPU", 0)
+    assert_shard_map_agrees(problem, engine, expected, mesh, check_vma=True)
+
+
+def assert_shard_map_agrees(problem, engine, expected, mesh, check_vma):
     grad_fn = mtjax.value_and_task_grads(problem.pair, engine=engine, axis_name="data")
     views = jax.shard_map(
         all_views(problem, grad_fn),
@@ -68,11 +77,6 @@ def test_shard_map(problem, engine, expected, mesh, check_vma):
         check_vma=check_vma,
     )
     assert_close(jax.jit(views)(problem.params, problem.x), expected)
-
-
-def test_shard_map_with_vmapped_pullbacks(problem, engine, expected, mesh, monkeypatch):
-    monkeypatch.setattr("mtjax.gradients.stacked._MAX_UNROLLED_ON_CPU", 0)
-    test_shard_map(problem, engine, expected, mesh, check_vma=True)
 
 
 def test_pmap(problem, engine, expected):

@@ -138,9 +138,11 @@ def test_repr_names_tasks_and_engine(grads):
     assert repr(grads) == "TaskGradients(tasks=('a', 'b', 'c'), engine='stacked')"
 
 
-@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)])
-def test_optimizer_without_a_balancer_before_it_raises(grads, problem, tx):
-    with pytest.raises(TypeError, match="TaskGradients"):
+@pytest.mark.parametrize(
+    "tx", [optax.sgd(0.1), optax.adam(0.1), optax.scale(2.0), optax.lion(0.1)]
+)
+def test_optimizer_without_a_balancer_says_what_is_missing(grads, problem, tx):
+    with pytest.raises(TypeError, match="Put a balancer"):
         tx.update(grads, tx.init(problem.params), problem.params)
 
 

@@ -239,7 +239,9 @@ def test_other_configuration_is_refused_field_by_field(tmp_path):
 
 def test_nan_in_a_configuration_equals_itself(tmp_path):
     for _ in range(2):
-        Checkpoints(tmp_path, config={"clip": float("nan")}).close()
+        checkpoints = Checkpoints(tmp_path, config={"clip": float("nan")})
+        assert checkpoints.latest_step is None
+        checkpoints.close()
 
 
 def test_configuration_without_json_form(tmp_path):
@@ -266,6 +268,7 @@ def test_folder_in_which_only_loggers_have_written_is_accepted(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "events.out.tfevents.1").write_text("")
     Checkpoints(tmp_path).close()
+    assert (tmp_path / "checkpoints").is_dir()
 
 
 def test_other_model_is_refused_leaf_by_leaf(saved):
