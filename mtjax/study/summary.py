@@ -233,4 +233,7 @@ def _in_percent(task: Task) -> bool:
 
 
 def _plus_minus(spread: Spread, scale: float, digits: int, sign: str = "") -> str:
-    return f"{scale * spread.mean:{sign}.{digits}f}±{scale * spread.std:.{digits}f}"
+    mean = f"{scale * spread.mean:{sign}.{digits}f}"
+    if len(spread.values) == 1:  # one seed tells nothing about the spread
+        return mean
+    return f"{mean}±{scale * spread.std:.{digits}f}"

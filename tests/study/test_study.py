@@ -14,7 +14,7 @@ from mtjax.study import runs as runs_module
 from mtjax.study import study as study_module
 from mtjax.study.runs import Runs
 from mtjax.study.setting import Setting, metric_of
-from mtjax.study.summary import SINGLE
+from mtjax.study.summary import SINGLE, Spread
 from mtjax.training.run_config import ConfigMismatchError
 
 
@@ -109,6 +109,20 @@ def test_delta_m_and_table_have_the_sign_of_each_metric(finished):
     assert equal.delta_m.mean == pytest.approx(np.mean(changes), rel=1e-5)
     assert len(summary.headers()) == len(summary.cells(equal)) == 8
     assert "size\nrmse ↓" in summary.headers()
+
+
+def test_one_seed_claims_no_spread(finished):
+    summary, _ = finished
+    several = summary.cells(summary.rows[1])[1:5]
+    assert all("±" in cell for cell in several)
+    row = dataclasses.replace(
+        summary.rows[1],
+        metrics={
+            t: Spread.of(m.values[:1]) for t, m in summary.rows[1].metrics.items()
+        },
+        delta_m=Spread.of([1.0]),
+    )
+    assert not any("±" in cell for cell in summary.cells(row))
 
 
 def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(
