@@ -26,6 +26,7 @@ from rich.progress import (
 from mtjax.data.builders.census import CENSUS
 from mtjax.data.builders.images import IMAGES
 from mtjax.data.builders.mulan import MULAN
+from mtjax.data.builders.pairs import PAIRS
 from mtjax.data.builders.spec import DataFormatError, DatasetSpec
 from mtjax.data.builders.tabular import TABULAR
 from mtjax.data.builders.text import TEXT
@@ -33,7 +34,8 @@ from mtjax.data.builders.tweets import TWEETS
 from mtjax.data.sources import DataNotFoundError
 
 SPECS: Mapping[str, DatasetSpec] = {
-    spec.name: spec for spec in (*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS)
+    spec.name: spec
+    for spec in (*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS, *PAIRS)
 }
 # What the readers of damaged files raise; everything else is a defect of ours.
 _DAMAGED = (
