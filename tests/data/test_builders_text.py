@@ -1,13 +1,18 @@
+import shutil
 from collections import Counter
 
 import pytest
 
-from mtjax.data import prepare, tfds_source
+from mtjax.data import DataFormatError, available, prepare, tfds_source
 
 # Published numbers of examples, from the table of the collected data.
 ROWS = {
     "glue_rte": {"train": 2_490, "validation": 277, "test": 3_000},
     "sentiment_labelled_sentences/yelp": {"train": 1_000},
+    "big_bench_hard/snarks": {"test": 178},
+    "big_bench_hard/navigate": {"test": 250},
+    "hh_rlhf": {"test": 2_312},
+    "tiny_shakespeare": {"train": 1, "validation": 1, "test": 1},
 }
 LARGE = {
     "cola": {"train": 8_551, "validation": 527, "validation_out_of_domain": 516},
@@ -16,6 +21,14 @@ LARGE = {
     "glue_qnli_dev": {"validation": 5_463},
     "sentiment_labelled_sentences/amazon": {"train": 1_000},
     "sentiment_labelled_sentences/imdb": {"train": 1_000},
+    "gsm8k": {"train": 7_473, "test": 1_319},
+    "nq_open": {
+        "validation": 3_610,
+        "efficientqa_validation": 1_800,
+        "efficientqa_test": 1_769,
+    },
+    "wikitext2": {"validation": 3_760, "test": 4_358},
+    "review_polarity": {"train": 2_000},
 }
 
 
@@ -68,3 +81,49 @@ def test_labels_of_pairs_are_as_published(originals, tmp_path):
     for domain in ("amazon", "imdb", "yelp"):
         name = f"sentiment_labelled_sentences/{domain}"
         assert _counts(name, "train", tmp_path) == {0: 500, 1: 500}
+
+
+def test_reasoning_tasks_have_the_published_total():
+    sizes = {
+        row.name: row.splits["test"]
+        for row in available()
+        if row.name.startswith("big_bench_hard/")
+    }
+    assert len(sizes) == 27
+    assert sum(sizes.values()) == 6_511
+
+
+def test_the_pieces_of_a_text_are_the_text(originals, tmp_path):
+    name = "tiny_shakespeare"
+    prepare(name, originals(name), tmp_path, progress=False)
+    pieces = [
+        tfds_source(name, split, data_dir=tmp_path)[0]["text"]
+        for split in ("train", "validation", "test")
+    ]
+    assert [len(piece) for piece in pieces] == [1_003_854, 55_770, 55_770]
+    original = (originals(name) / "input.txt").read_bytes()
+    assert b"".join(pieces) == original
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("tiny_shakespeare", "input.txt"), ("wikitext2", "test.txt")]
+)
+def test_texts_that_are_cut_short_are_refused(name, file, originals, tmp_path):
+    folder = tmp_path / "originals"
+    shutil.copytree(originals(name), folder, copy_function=shutil.copyfile)
+    (folder / file).chmod(0o644)
+    (folder / file).write_bytes((folder / file).read_bytes()[:-100])
+    with pytest.raises(DataFormatError, match=f"{file}.*cut short"):
+        prepare(name, folder, tmp_path / "out", progress=False)
+
+
+@pytest.mark.slow
+def test_contents_of_language_sets_are_as_published(originals, tmp_path):
+    for name in ("gsm8k", "nq_open", "review_polarity"):
+        prepare(name, originals(name), tmp_path, progress=False)
+    assert _counts("review_polarity", "train", tmp_path) == {0: 1_000, 1: 1_000}
+    folds = _counts("review_polarity", "train", tmp_path, "fold")
+    assert folds == dict.fromkeys(range(10), 200)
+    assert int(_rows("gsm8k", "train", tmp_path)[0]["result"]) == 72
+    answers = _rows("nq_open", "validation", tmp_path)[0]["answer"]
+    assert list(answers) == [b"14 December 1972 UTC", b"December 1972"]

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from mtjax.data.builders.census import CENSUS
 from mtjax.data.builders.images import IMAGES
+from mtjax.data.builders.language import LANGUAGE
 from mtjax.data.builders.mulan import MULAN
 from mtjax.data.builders.pairs import PAIRS
 from mtjax.data.builders.spec import DataFormatError, DatasetSpec
@@ -35,7 +36,7 @@ from mtjax.data.sources import DataNotFoundError
 
 SPECS: Mapping[str, DatasetSpec] = {
     spec.name: spec
-    for spec in (*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS, *PAIRS)
+    for spec in (*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS, *PAIRS, *LANGUAGE)
 }
 # What the readers of damaged files raise; everything else is a defect of ours.
 _DAMAGED = (
