@@ -1,5 +1,6 @@
 """Training one method with several seeds."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -14,7 +15,13 @@ import optax
 from mtjax.study.config import Config
 from mtjax.study.methods import METHODS
 from mtjax.study.setting import Setting
-from mtjax.training import Checkpoints, TrainState, fit, make_train_step
+from mtjax.training import (
+    Checkpoints,
+    JsonlLogger,
+    TrainState,
+    fit,
+    make_train_step,
+)
 from mtjax.training.commit import write_atomically
 
 _SEED_AXES = TrainState(
@@ -67,7 +74,6 @@ class Runs:
         results = []
         for seeds in self._groups():
             results += self._train(seeds, folder, on_progress)
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(results))
         return results
 
@@ -111,23 +117,29 @@ class Runs:
                 for seed, params in self._params(state, seeds)
             }
 
-        checkpoints = None
-        if config.save_every is not None:
-            name = "all_seeds" if self._vmapped else f"seed_{seeds[0]}"
-            checkpoints = Checkpoints(folder / name, config=config)
-        state, history = fit(
-            self._initial(seeds),
-            self._step,
-            itertools.repeat(setting.data),
-            num_steps=config.steps,
-            evaluate=evaluate,
-            eval_every=config.evaluation_period,
-            checkpoints=checkpoints,
-            save_every=config.save_every,
-            progress=False,
-        )
-        if checkpoints is not None:
-            checkpoints.close()
+        name = "all_seeds" if self._vmapped else f"seed_{seeds[0]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            logger = JsonlLogger(folder / f"{name}.jsonl")
+            stack.callback(logger.close)
+            checkpoints = None
+            if config.save_every is not None:
+                checkpoints = stack.enter_context(
+                    Checkpoints(folder / name, config=config)
+                )
+            state, history = fit(
+                self._initial(seeds),
+                self._step,
+                itertools.repeat(setting.data),
+                num_steps=config.steps,
+                evaluate=evaluate,
+                eval_every=config.evaluation_period,
+                checkpoints=checkpoints,
+                save_every=config.save_every,
+                logger=logger,
+                log_every=config.evaluation_period,
+                progress=False,
+            )
         on_progress((config.steps - reported) * len(seeds))
         return [
             {

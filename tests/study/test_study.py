@@ -170,6 +170,11 @@ def test_checkpoints_within_a_run_resume_exactly(tmp_path, monkeypatch):
     resumed = run_study(config, tmp_path / "part", progress=False)
     assert calls[:5] == [0, 1, 2, 2, 3]
     assert resumed.rows[0].metrics == whole.rows[0].metrics
+    log = "runs/mgda/seed_0.jsonl"
+    assert (tmp_path / "part" / log).read_text() == (
+        tmp_path / "whole" / log
+    ).read_text()
+    assert len((tmp_path / "whole" / log).read_text().splitlines()) == 4
 
 
 def test_another_configuration_is_refused(finished):
