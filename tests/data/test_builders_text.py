@@ -13,6 +13,8 @@ ROWS = {
     "big_bench_hard/navigate": {"test": 250},
     "hh_rlhf": {"test": 2_312},
     "tiny_shakespeare": {"train": 1, "validation": 1, "test": 1},
+    "slotgated_atis_snips/atis": {"train": 4_478, "validation": 500, "test": 893},
+    "w00": {"train": 2_184},
 }
 LARGE = {
     "cola": {"train": 8_551, "validation": 527, "validation_out_of_domain": 516},
@@ -29,6 +31,9 @@ LARGE = {
     },
     "wikitext2": {"validation": 3_760, "test": 4_358},
     "review_polarity": {"train": 2_000},
+    "snips": {"train": 13_784, "validation": 700},
+    "slotgated_atis_snips/snips": {"train": 13_084, "validation": 700, "test": 700},
+    "ud_english_ewt": {"validation": 2_001, "test": 2_077},
 }
 
 
@@ -127,3 +132,44 @@ def test_contents_of_language_sets_are_as_published(originals, tmp_path):
     assert int(_rows("gsm8k", "train", tmp_path)[0]["result"]) == 72
     answers = _rows("nq_open", "validation", tmp_path)[0]["answer"]
     assert list(answers) == [b"14 December 1972 UTC", b"December 1972"]
+
+
+def test_training_has_the_smaller_codes_of_intents_and_slots(originals, tmp_path):
+    name = "slotgated_atis_snips/atis"
+    prepare(name, originals(name), tmp_path, progress=False)
+    assert set(_counts(name, "train", tmp_path, "intent")) == set(range(21))
+    assert max(_counts(name, "test", tmp_path, "intent")) == 25
+    source = tfds_source(name, "train", data_dir=tmp_path)
+    names = source.info.metadata["slots"]
+    tags = " ".join(names[code] for code in source[0]["slots"])
+    assert tags.startswith("O O O O O B-fromloc.city_name O B-toloc.city_name")
+    assert len(source[0]["tokens"]) == len(source[0]["slots"])
+
+
+def test_definitions_are_as_published(originals, tmp_path):
+    prepare("w00", originals("w00"), tmp_path, progress=False)
+    assert _counts("w00", "train", tmp_path) == {0: 1_454, 1: 730}
+
+
+@pytest.mark.slow
+def test_segments_are_the_text_of_the_query(originals, tmp_path):
+    prepare("snips", originals("snips"), tmp_path, progress=False)
+    assert set(_counts("snips", "validation", tmp_path, "intent").values()) == {100}
+    train = _counts("snips", "train", tmp_path, "intent")
+    assert (min(train.values()), max(train.values())) == (1_942, 2_000)
+    for row in _rows("snips", "train", tmp_path):
+        assert b"".join(row["segments"]) == row["text"]
+        assert len(row["segments"]) == len(row["slots"])
+
+
+@pytest.mark.slow
+def test_dependencies_form_one_tree_per_sentence(originals, tmp_path):
+    name = "ud_english_ewt"
+    prepare(name, originals(name), tmp_path, progress=False)
+    metadata = tfds_source(name, "test", data_dir=tmp_path).info.metadata
+    for row in _rows(name, "test", tmp_path):
+        head, length = row["head"], len(row["tokens"])
+        assert (head == 0).sum() == 1
+        assert 0 <= head.min() <= head.max() <= length
+        assert metadata["deprel"][row["deprel"][head.argmin()]] == "root"
+        assert len(row["lemmas"]) == len(row["upos"]) == len(row["xpos"]) == length

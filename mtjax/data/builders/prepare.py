@@ -30,13 +30,17 @@ from mtjax.data.builders.mulan import MULAN
 from mtjax.data.builders.pairs import PAIRS
 from mtjax.data.builders.spec import DataFormatError, DatasetSpec
 from mtjax.data.builders.tabular import TABULAR
+from mtjax.data.builders.tagging import TAGGING
 from mtjax.data.builders.text import TEXT
 from mtjax.data.builders.tweets import TWEETS
 from mtjax.data.sources import DataNotFoundError
 
 SPECS: Mapping[str, DatasetSpec] = {
     spec.name: spec
-    for spec in (*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS, *PAIRS, *LANGUAGE)
+    for spec in (
+        *(*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS, *PAIRS, *LANGUAGE),
+        *TAGGING,
+    )
 }
 # What the readers of damaged files raise; everything else is a defect of ours.
 _DAMAGED = (
