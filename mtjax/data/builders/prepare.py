@@ -23,11 +23,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mtjax.data.builders.audio import AUDIO
 from mtjax.data.builders.census import CENSUS
 from mtjax.data.builders.images import IMAGES
 from mtjax.data.builders.language import LANGUAGE
+from mtjax.data.builders.logs import LOGS
 from mtjax.data.builders.mulan import MULAN
 from mtjax.data.builders.pairs import PAIRS
+from mtjax.data.builders.photos import PHOTOS
 from mtjax.data.builders.spec import DataFormatError, DatasetSpec
 from mtjax.data.builders.tabular import TABULAR
 from mtjax.data.builders.tagging import TAGGING
@@ -38,8 +41,18 @@ from mtjax.data.sources import DataNotFoundError
 SPECS: Mapping[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
-        *(*IMAGES, *TABULAR, *CENSUS, *MULAN, *TEXT, *TWEETS, *PAIRS, *LANGUAGE),
+        *IMAGES,
+        *TABULAR,
+        *CENSUS,
+        *MULAN,
+        *TEXT,
+        *TWEETS,
+        *PAIRS,
+        *LANGUAGE,
         *TAGGING,
+        *PHOTOS,
+        *AUDIO,
+        *LOGS,
     )
 }
 # What the readers of damaged files raise; everything else is a defect of ours.
