@@ -1,6 +1,7 @@
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mtjax.data import DataFormatError, available, prepare, tfds_source
@@ -33,6 +34,7 @@ LARGE = {
     "review_polarity": {"train": 2_000},
     "snips": {"train": 13_784, "validation": 700},
     "slotgated_atis_snips/snips": {"train": 13_084, "validation": 700, "test": 700},
+    "deft_corpus": {"train": 80, "validation": 68},
     "ud_english_ewt": {"validation": 2_001, "test": 2_077},
 }
 
@@ -173,3 +175,20 @@ def test_dependencies_form_one_tree_per_sentence(originals, tmp_path):
         assert 0 <= head.min() <= head.max() <= length
         assert metadata["deprel"][row["deprel"][head.argmin()]] == "root"
         assert len(row["lemmas"]) == len(row["upos"]) == len(row["xpos"]) == length
+
+
+@pytest.mark.slow
+def test_every_tagged_token_belongs_to_a_span(originals, tmp_path):
+    name = "deft_corpus"
+    prepare(name, originals(name), tmp_path, progress=False)
+    metadata = tfds_source(name, "train", data_dir=tmp_path).info.metadata
+    assert (metadata["tags"][0], len(metadata["tags"])) == ("O", 24)
+    assert (metadata["relations"][0], len(metadata["relations"])) == ("0", 7)
+    tokens = 0
+    for split in ("train", "validation"):
+        for row in _rows(name, split, tmp_path):
+            untagged = [identifier == b"-1" for identifier in row["tag_id"]]
+            assert untagged == (row["tags"] == 0).tolist()
+            assert set(np.diff(row["sentence"])) <= {0, 1}
+            tokens += len(row["tokens"])
+    assert tokens == 490_802

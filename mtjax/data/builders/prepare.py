@@ -25,6 +25,7 @@ from rich.progress import (
 
 from mtjax.data.builders.audio import AUDIO
 from mtjax.data.builders.census import CENSUS
+from mtjax.data.builders.definitions import DEFINITIONS
 from mtjax.data.builders.images import IMAGES
 from mtjax.data.builders.language import LANGUAGE
 from mtjax.data.builders.logs import LOGS
@@ -50,6 +51,7 @@ SPECS: Mapping[str, DatasetSpec] = {
         *PAIRS,
         *LANGUAGE,
         *TAGGING,
+        *DEFINITIONS,
         *PHOTOS,
         *AUDIO,
         *LOGS,
