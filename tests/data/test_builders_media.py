@@ -10,6 +10,7 @@ from mtjax.data import DataFormatError, prepare, tfds_source
 
 # Published numbers of examples, from the table of the collected data.
 ROWS = {
+    "coco_multitask_ccby": {"train": 26, "validation": 27},
     "diginetica_sample": {"train": 2_986},
     "fsdd": {"train": 2_700, "test": 300},
     "omniglot": {"small1": 2_720, "small2": 3_120},
@@ -131,6 +132,29 @@ def test_clicks_keep_the_columns_of_the_original(media):
     assert columns[:2] == ["d109_14", "d110_14"]
     np.testing.assert_allclose(rows[0]["numeric"][:2], [0.4734, 0.562])
     assert rows[0]["categorical"].shape == (23,)
+
+
+def test_scenes_have_maps_of_their_size_and_boxes_around_their_things(media):
+    source, rows = _all("coco_multitask_ccby", "train", media("coco_multitask_ccby"))
+    names = source.info.metadata["box_labels"]
+    classes = source.info.metadata["semantic"]
+    ids = {name: int(number) for number, name in classes.items()}
+    assert len(names) == 80
+    shares = []
+    for row in rows:
+        assert row["image"].shape[:2] == row["semantic"].shape[:2]
+        assert {str(value) for value in np.unique(row["semantic"])} <= set(classes)
+        assert row["boxes"].shape == (row["box_labels"].size, 4)
+        assert set(np.flatnonzero(row["present"])) == set(row["box_labels"])
+        height, width = row["semantic"].shape[:2]
+        scale = np.array([height, width, height, width])
+        for box, label in zip(row["boxes"], row["box_labels"], strict=True):
+            top, left, bottom, right = np.round(box * scale).astype(int)
+            inside = row["semantic"][top : bottom + 1, left : right + 1]
+            shares.append(np.mean(inside == ids.get(names[label], -1)))
+    # A box is mostly on pixels of its class: neither axes nor classes are mixed up.
+    assert np.median(shares) > 0.4
+    assert np.mean(np.array(shares) > 0) > 0.9
 
 
 @pytest.mark.slow

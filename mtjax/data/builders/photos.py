@@ -37,15 +37,15 @@ _CHARACTERS = [
 
 
 def decode_image(
-    content: bytes, name: PurePosixPath, *, side: int, mode: str
-) -> UInt8[np.ndarray, "side side channels"]:
+    content: bytes, name: PurePosixPath, *, mode: str, side: int | None = None
+) -> UInt8[np.ndarray, "height width channels"]:
     """Decodes an image file.
 
     Args:
       content: the file, in any format that Pillow knows.
       name: what to call it in the error message.
-      side: the height and width that it must have.
       mode: the mode of Pillow to convert to, ``"RGB"`` or ``"L"``.
+      side: the height and width that it must have; None for any.
 
     Returns:
       Values in 0..255 with the channels last.
@@ -58,11 +58,11 @@ def decode_image(
             pixels = np.asarray(image.convert(mode))
     except (OSError, SyntaxError) as error:
         raise DataFormatError(f"{str(name)!r} cannot be decoded: {error}.") from error
-    if pixels.shape[:2] != (side, side):
+    if side is not None and pixels.shape[:2] != (side, side):
         raise DataFormatError(
             f"{str(name)!r} must have {side}x{side} pixels, got shape {pixels.shape}."
         )
-    return pixels.reshape(side, side, -1)
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _read_folders(folder: Path, *, files: tuple[str, ...], side: int) -> Original:

@@ -32,6 +32,7 @@ from mtjax.data.builders.logs import LOGS
 from mtjax.data.builders.mulan import MULAN
 from mtjax.data.builders.pairs import PAIRS
 from mtjax.data.builders.photos import PHOTOS
+from mtjax.data.builders.scenes import SCENES
 from mtjax.data.builders.spec import DataFormatError, DatasetSpec
 from mtjax.data.builders.tabular import TABULAR
 from mtjax.data.builders.tagging import TAGGING
@@ -55,6 +56,7 @@ SPECS: Mapping[str, DatasetSpec] = {
         *PHOTOS,
         *AUDIO,
         *LOGS,
+        *SCENES,
     )
 }
 # What the readers of damaged files raise; everything else is a defect of ours.
