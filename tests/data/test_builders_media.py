@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mtjax.data import DataFormatError, prepare, tfds_source
+from tests.data.published import check_rows
 
 # Published numbers of examples, from the table of the collected data.
 ROWS = {
@@ -44,23 +45,15 @@ def _all(name, split, data_dir):
     return source, source.__getitems__(range(len(source)))
 
 
-def _check_rows(name, rows, data_dir):
-    for split, count in rows.items():
-        source = tfds_source(name, split, data_dir=data_dir)
-        assert len(source) == count
-        assert set(source.info.splits) == set(rows)
-        assert set(source.info.metadata["tasks"]) <= set(source[count - 1])
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_published_numbers_of_examples(name, media):
-    _check_rows(name, ROWS[name], media(name))
+    check_rows(name, ROWS[name], media(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_published_numbers_of_examples_of_large_sets(name, media):
-    _check_rows(name, LARGE[name], media(name))
+    check_rows(name, LARGE[name], media(name))
 
 
 def test_every_digit_and_every_speaker_of_fsdd(media):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mtjax.data import DataFormatError, available, prepare, tfds_source
+from tests.data.published import check_rows
 
 # Published numbers of examples, from the table of the collected data.
 ROWS = {
@@ -39,24 +40,20 @@ LARGE = {
 }
 
 
-def _check_rows(name, rows, originals, data_dir):
+def _prepare_and_check(name, rows, originals, data_dir):
     prepare(name, originals(name), data_dir, progress=False)
-    for split, count in rows.items():
-        source = tfds_source(name, split, data_dir=data_dir)
-        assert len(source) == count
-        assert set(source.info.splits) == set(rows)
-        assert set(source.info.metadata["tasks"]) <= set(source[count - 1])
+    check_rows(name, rows, data_dir)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_published_numbers_of_examples(name, originals, tmp_path):
-    _check_rows(name, ROWS[name], originals, tmp_path)
+    _prepare_and_check(name, ROWS[name], originals, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_published_numbers_of_examples_of_large_sets(name, originals, tmp_path):
-    _check_rows(name, LARGE[name], originals, tmp_path)
+    _prepare_and_check(name, LARGE[name], originals, tmp_path)
 
 
 def _rows(name, split, data_dir):
