@@ -160,10 +160,10 @@ def summarise(
     tasks = tuple(tasks)
     reference = "equal" if "equal" in methods else methods[0]
     scores = {name: _test_scores(tasks, results[name]) for name in methods}
-    directions = {t.name: {metric_of(t).name: metric_of(t).direction} for t in tasks}
+    directions = _by_metric(tasks, lambda t: metric_of(t).direction)
     means = {
-        name: {t.name: {metric_of(t).name: scores[name][t.name].mean()} for t in tasks}
-        for name in methods
+        name: _by_metric(tasks, lambda t, own=own: own[t.name].mean())
+        for name, own in scores.items()
     }
     ranks = mean_rank(means, directions)
     rows, baseline = [], None
@@ -173,22 +173,17 @@ def summarise(
             for t in tasks
         }
         rows.append(Row(SINGLE, {n: Spread.of(v) for n, v in single.items()}))
-        baseline = {t.name: {metric_of(t).name: single[t.name].mean()} for t in tasks}
+        baseline = _by_metric(tasks, lambda t: single[t.name].mean())
+
+    def change(own, seed, baseline):
+        found = _by_metric(tasks, lambda t: own[t.name][seed])
+        return delta_m(found, baseline, directions, baseline_name=SINGLE).value
+
     for name in methods:
         deltas = None
         if baseline is not None:
-            deltas = [
-                delta_m(
-                    {
-                        t.name: {metric_of(t).name: scores[name][t.name][seed]}
-                        for t in tasks
-                    },
-                    baseline,
-                    directions,
-                    baseline_name=SINGLE,
-                ).value
-                for seed in range(len(results[name]))
-            ]
+            seeds = range(len(results[name]))
+            deltas = [change(scores[name], seed, baseline) for seed in seeds]
         rates = [
             np.mean([row["conflict_rate"] for row in run["history"]])
             for run in results[name]
@@ -206,6 +201,11 @@ def summarise(
         )
     curves = {name: _curves(tasks, results[name]) for name in methods}
     return Summary(tasks, tuple(rows), curves, reference)
+
+
+def _by_metric(tasks, value) -> dict[str, dict[str, Any]]:
+    """What `delta_m` and `mean_rank` take, from a function of the task."""
+    return {t.name: {metric_of(t).name: value(t)} for t in tasks}
 
 
 def _test_scores(tasks, runs) -> dict[str, np.ndarray]:
