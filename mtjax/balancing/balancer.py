@@ -1,12 +1,13 @@
 """What every balancer shares: the optax protocol around a rule for combining tasks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from mtjax.gradients import TaskGradients
 
@@ -22,6 +23,8 @@ class Step(NamedTuple):
       present: `(tasks,)` bool, True for tasks that the batch has labels for.
       key: a random key, None if the caller did not pass one.
       losses_fn: the losses as a function of the parameters alone, or None.
+      validation_losses_fn: the same on held-out data, or None.
+      resampled: task gradients of further batches, drawn independently of this one.
     """
 
     params: PyTree
@@ -29,6 +32,8 @@ class Step(NamedTuple):
     present: Array
     key: Array | None
     losses_fn: Callable[[PyTree], Mapping[str, Array]] | None
+    validation_losses_fn: Callable[[PyTree], Mapping[str, Array]] | None = None
+    resampled: tuple[TaskGradients, ...] = ()
 
 
 def balancer(
@@ -48,12 +53,14 @@ def balancer(
         absent tasks are scaled by zero already. It returns a params-shaped update, or
         `TaskGradients` if it keeps tasks apart.
       num_tasks: what the factory was told, to check the gradients against.
-      needs: the extra arguments that must be passed, among "losses", "losses_fn".
+      needs: the extra arguments that must be passed, among "losses", "losses_fn",
+        "validation_losses_fn" and "resampled".
 
     Returns:
       A transform that takes `TaskGradients` or plain gradients with a leading task
       axis. Its update takes `losses` (mapping or `(tasks,)` array), `present`
-      (`(tasks,)` mask), `key` and `losses_fn`, and ignores other extra arguments.
+      (`(tasks,)` mask), `key`, `losses_fn`, `validation_losses_fn` and `resampled`
+      (a sequence of `TaskGradients`), and ignores other extra arguments.
 
     Raises:
       ValueError: at update time, if the number or the names of tasks do not match, or
@@ -73,6 +80,8 @@ def balancer(
         present=None,
         key=None,
         losses_fn=None,
+        validation_losses_fn=None,
+        resampled=(),
         **extra_args,
     ):
         del extra_args
@@ -85,7 +94,12 @@ def balancer(
                 f"`num_tasks` of `{name}` must be the number of tasks, got {num_tasks} "
                 f"for the {len(grads.tasks)} tasks {grads.tasks}."
             )
-        given = {"losses": losses, "losses_fn": losses_fn}
+        given = {
+            "losses": losses,
+            "losses_fn": losses_fn,
+            "validation_losses_fn": validation_losses_fn,
+            "resampled": resampled or None,
+        }
         for argument in needs:
             if given[argument] is None:
                 raise ValueError(
@@ -104,8 +118,18 @@ def balancer(
                     f"{grads.tasks}, got shape {present.shape}; pass a mask in the "
                     "order of the sorted task names."
                 )
-            grads = grads.scale(present.astype(jnp.float32))
-        step = Step(params, losses, present, key, losses_fn)
+            mask = present.astype(jnp.float32)
+            grads = grads.scale(mask)
+            resampled = [other.scale(mask) for other in resampled]
+        step = Step(
+            params,
+            losses,
+            present,
+            key,
+            losses_fn,
+            validation_losses_fn,
+            tuple(resampled),
+        )
         return update(grads, state, step)
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
@@ -231,6 +255,43 @@ def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"`{argument}` must be one of {choices}, got {value!r}.")
+
+
+def check_preference(
+    preference: ArrayLike | Sequence[float | int], num_tasks: int | None = None
+) -> Float[np.ndarray, " tasks"]:
+    """Checks what a user prefers: one weight per task, in the order of the names.
+
+    Args:
+      preference: the weights, of any scale.
+      num_tasks: how many there must be, where that is known.
+
+    Returns:
+      The weights, float32.
+
+    Raises:
+      ValueError: if they are not `(tasks,)`, negative, not finite or all zero.
+    """
+    values = np.asarray(preference, np.float32)
+    if values.ndim != 1 or num_tasks not in (None, len(values)):
+        tasks = "tasks" if num_tasks is None else f"{num_tasks} tasks"
+        raise ValueError(
+            f"`preference` must have one entry for each of the {tasks}, got shape "
+            f"{values.shape}; pass one weight per task in the order of the sorted "
+            "task names."
+        )
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"`preference` must be finite, got {values.tolist()}.")
+    if np.any(values < 0):
+        raise ValueError(
+            f"`preference` must not be negative, got {values.tolist()}; use 0 for a "
+            "task that the others are not to be balanced with."
+        )
+    if not np.any(values > 0):
+        raise ValueError(
+            f"`preference` must have a positive entry, got {values.tolist()}."
+        )
+    return values
 
 
 def default_key(key: Array | None) -> Array:

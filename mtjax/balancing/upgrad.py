@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from mtjax.balancing.balancer import gramian_balancer
+from mtjax.balancing.balancer import check_preference, gramian_balancer
 from mtjax.balancing.solvers import full_precision, nonnegative_qp
 
 
@@ -33,7 +32,8 @@ def upgrad(
       A balancer without state.
 
     Raises:
-      ValueError: if `reg_eps` is not positive or a preference is negative.
+      ValueError: if `reg_eps` is not positive, or `preference` not one finite entry per
+        task, none negative and not all zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,23 +49,15 @@ def upgrad(
     """
     if reg_eps <= 0:
         raise ValueError(f"`reg_eps` must be positive, got {reg_eps}.")
-    if preference is not None and (
-        min(preference) < 0 or not np.all(np.isfinite(preference))
-    ):
-        raise ValueError(
-            f"`preference` must be finite and not negative, got {preference}."
-        )
+    if preference is not None:
+        check_preference(preference)
 
     def weigh(gramian, step):
         if preference is None:
             wanted = step.present / jnp.maximum(jnp.sum(step.present), 1)
-        elif len(preference) != len(gramian):
-            raise ValueError(
-                f"`preference` must have one entry for each of {len(gramian)} tasks, "
-                f"got {len(preference)}."
-            )
         else:
-            wanted = jnp.where(step.present, jnp.asarray(preference, jnp.float32), 0.0)
+            given = check_preference(preference, len(gramian))
+            wanted = jnp.where(step.present, given, 0.0)
         return projection_weights(gramian, wanted, reg_eps)
 
     return gramian_balancer("upgrad", weigh)

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import mtjax
-from mtjax.balancing.balancer import check_choice
+from mtjax.balancing.balancer import check_choice, check_preference
 
 BAD_HYPERPARAMETERS = [
     (lambda: mtjax.constant([1.0, -2.0]), "`weights` must be", "-2.0"),
@@ -23,7 +23,10 @@ BAD_HYPERPARAMETERS = [
     (lambda: mtjax.nash_mtl(2, max_norm=0.0), "`max_norm` must be positive", "0"),
     (lambda: mtjax.nash_mtl(2, update_every=0), "`update_every` must be at", "0"),
     (lambda: mtjax.upgrad(reg_eps=0.0), "`reg_eps` must be positive", "0"),
-    (lambda: mtjax.upgrad(preference=[-1.0]), "`preference` must be", "-1"),
+    (lambda: mtjax.upgrad(preference=[-1.0]), "`preference` must not be nega", "-1"),
+    (lambda: check_preference([1.0, float("inf")]), "`preference` must be fi", "inf"),
+    (lambda: check_preference([0.0, 0.0]), "`preference` must have a positive", "0.0"),
+    (lambda: check_preference(1.0), "`preference` must have one entry", r"\(\)"),
     (lambda: check_choice("form", "l1", ("l2", "none")), "`form` must be one of", "l1"),
     (lambda: mtjax.clip_per_task(0.0), "`max_norm` must be positive", "0"),
 ]
@@ -84,7 +87,7 @@ BAD_CALLS = [
     (
         lambda: mtjax.upgrad(preference=[1.0]),
         {},
-        "`preference` must have one entry for each of 2 tasks, got 1",
+        r"`preference` must have one entry for each of the 2 tasks, got shape \(1,\)",
     ),
     (
         mtjax.equal,
