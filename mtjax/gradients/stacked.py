@@ -72,6 +72,19 @@ class StackedEngine:
         devices = jax.lax.axis_size(self._axis_name)
         return jax.lax.pmean(gramian, self._axis_name) / devices
 
+    def inner(self, direction: PyTree) -> Float[Array, " tasks"]:
+        """Inner products of the tasks' gradients with a direction, float32."""
+        cotangents = self._cotangents(jnp.zeros(len(self._dtypes)))
+        direction = jax.tree.map(
+            lambda d, g: d.astype(g.dtype),
+            device_local(direction, self._axis_name),
+            jax.eval_shape(self._pullback, cotangents),
+        )
+        # The pullback is linear: its transpose pushes a direction forward.
+        (slopes,) = jax.linear_transpose(self._pullback, cotangents)(direction)
+        slopes = jnp.stack([slopes[task].astype(jnp.float32) for task in self._dtypes])
+        return self._average(slopes)
+
     def _pull_shared(self, cotangents: Cotangents) -> list[Array]:
         grads = jax.tree.leaves(self._pullback(cotangents))
         return [g for g, s in zip(grads, jax.tree.leaves(self._split.shared)) if s]

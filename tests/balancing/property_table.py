@@ -106,6 +106,10 @@ def calls(method) -> tuple[tuple[str, ...], int]:
             asked.append("gramian")
             return rows @ rows.T
 
+        def inner(self, direction):
+            asked.append("inner")
+            return rows @ direction
+
     def losses_fn(params):
         nonlocal evaluations
         evaluations += 1
@@ -136,12 +140,15 @@ def one_task(method) -> float:
 
 def _cost(method):
     views, evaluations = calls(method)
-    cost = {
-        ("pull",): "1 backward",
-        ("gramian", "pull"): "K + 1 backward",
-        ("stack",): "K backward, K gradients in memory",
-    }[views]
-    return cost + (f", {evaluations} forward" if evaluations else "")
+    passes = [sum(view in ("gramian", "stack") for view in views), views.count("pull")]
+    passes = [f"{passes[0] if passes[0] > 1 else ''}K"] * bool(passes[0]) + [
+        str(passes[1])
+    ] * bool(passes[1])
+    cost = " + ".join(passes) + " backward"
+    forward = evaluations + views.count("inner")
+    if forward:
+        cost += f", {forward} forward"
+    return cost + (", K gradients in memory" if "stack" in views else "")
 
 
 def _extra(method):

@@ -84,6 +84,30 @@ def test_scale_scales_every_view(grads, problem):
     chex.assert_trees_all_close(update, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_inner_is_the_slope_of_each_loss_along_a_direction(grads, problem):
+    direction = jax.tree.map(jnp.cos, problem.params)
+    _, slopes = jax.jvp(
+        lambda p: problem.losses_fn(p, problem.x), (problem.params,), (direction,)
+    )
+    expected = jnp.stack([slopes[task] for task in problem.tasks])
+    np.testing.assert_allclose(grads.inner(direction), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        grads.scale([2.0, 1.0, -1.0]).inner(direction),
+        expected * np.array([2.0, 1.0, -1.0]),
+        rtol=1e-5,
+    )
+    stacked = mtjax.TaskGradients.from_stacked(grads.stack())
+    np.testing.assert_allclose(stacked.inner(direction), expected, rtol=1e-5)
+
+
+def test_inner_with_bfloat16_parameters():
+    params = jnp.array([1.0, 2.0], jnp.bfloat16)
+    grad_fn = mtjax.value_and_task_grads(lambda p: {"a": p @ p, "b": p.sum()})
+    products = grad_fn(params)[1].inner(jnp.array([0.5, -1.0]))
+    assert products.dtype == jnp.float32
+    np.testing.assert_array_equal(products, [-3.0, -0.5])
+
+
 def test_scale_composes(grads, problem):
     twice = grads.scale([1.0, 2.0, 3.0]).scale([4.0, 0.5, -1.0])
     once = grads.scale([4.0, 1.0, -3.0])
