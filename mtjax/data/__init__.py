@@ -4,12 +4,14 @@ from mtjax.data.builders import DataFormatError as DataFormatError
 from mtjax.data.builders import DatasetSummary as DatasetSummary
 from mtjax.data.builders import available as available
 from mtjax.data.builders import prepare as prepare
+from mtjax.data.image_pairs import compose as compose
+from mtjax.data.image_pairs import image_pairs as image_pairs
+from mtjax.data.image_pairs import load_images as load_images
 from mtjax.data.mixture import TaskMixture as TaskMixture
 from mtjax.data.mixture import TaskMixtureIterator as TaskMixtureIterator
 from mtjax.data.mixture import mixture as mixture
 from mtjax.data.mixture_weights import mixture_weights as mixture_weights
 from mtjax.data.multi_mnist import build_mnist_subset as build_mnist_subset
-from mtjax.data.multi_mnist import compose as compose
 from mtjax.data.multi_mnist import mnist_subset as mnist_subset
 from mtjax.data.multi_mnist import multi_mnist as multi_mnist
 from mtjax.data.multi_mnist import sample_batch as sample_batch
@@ -43,6 +45,8 @@ __all__ = [
     "compose",
     "default_data_dir",
     "folder_source",
+    "image_pairs",
+    "load_images",
     "load_problem",
     "mixture",
     "mixture_weights",

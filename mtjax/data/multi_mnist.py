@@ -6,7 +6,7 @@ step. The subset is made by :func:`build_mnist_subset`; see NOTICE for its licen
 """
 
 import lzma
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -17,19 +17,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Integer, Key, UInt8
 
 from mtjax.data.builders.images import read_idx
-
-Digits = dict[str, UInt8[np.ndarray, "..."]]
+from mtjax.data.image_pairs import Images, compose, image_pairs
 
 _FILE = "_mnist_subset.xz"
 _SIDE = 28
 _PER_CLASS = {"train": 1_200, "test": 250}
 # The last tenth of each class of the training digits.
 _VALIDATION_PER_CLASS = 120
-# Moves the second digit to the lower right corner of a canvas of 36x36.
-_SHIFT = 8
 
 
-def mnist_subset(split: Literal["train", "validation", "test"]) -> Digits:
+def mnist_subset(split: Literal["train", "validation", "test"]) -> Images:
     """Loads the MNIST digits that ship with the package.
 
     Args:
@@ -60,46 +57,6 @@ def mnist_subset(split: Literal["train", "validation", "test"]) -> Digits:
     return {"image": images.copy(), "label": labels.copy()}
 
 
-@partial(jax.jit, static_argnames="image_size")
-def compose(
-    left: UInt8[Array, "batch 28 28"] | UInt8[np.ndarray, "batch 28 28"],
-    right: UInt8[Array, "batch 28 28"] | UInt8[np.ndarray, "batch 28 28"],
-    *,
-    image_size: int = 28,
-) -> Float[Array, "batch {image_size} {image_size} 1"]:
-    """Overlays pairs of digits, one towards each corner.
-
-    On a canvas of 36x36 the left digit stands in the upper left corner and the right
-    one in the lower right corner, so that they overlap in most of their area; the
-    brighter pixel wins, and the canvas is resized with smoothing.
-
-    Args:
-      left: digits in 0..255.
-      right: as many digits in 0..255.
-      image_size: pixels per side of the result: 28 as in the reference, 36 for the
-        canvas itself, 18 for small and fast.
-
-    Returns:
-      float32 pictures in [0, 1] with one channel.
-
-    Example:
-      >>> digits = mnist_subset("test")["image"]
-      >>> compose(digits[:2], digits[2:4], image_size=18).shape
-      (2, 18, 18, 1)
-
-    References:
-      - Multi-task learning as multi-objective optimization, 2018, section 5.1 and its
-        published code: canvas and corners. There the pairs are drawn once; here they
-        can be drawn anew in each step.
-    """
-    room = ((0, 0), (0, _SHIFT), (0, _SHIFT))
-    moved = ((0, 0), (_SHIFT, 0), (_SHIFT, 0))
-    canvas = jnp.maximum(jnp.pad(left, room), jnp.pad(right, moved))
-    shape = (canvas.shape[0], image_size, image_size)
-    small = jax.image.resize(canvas.astype(jnp.float32) / 255.0, shape, "linear")
-    return small[..., None]
-
-
 def sample_batch(
     images: UInt8[Array, "n 28 28"] | UInt8[np.ndarray, "n 28 28"],
     labels: Integer[Array, " n"] | Integer[np.ndarray, " n"],
@@ -114,7 +71,7 @@ def sample_batch(
       images: digits to draw from, best on the device already.
       labels: their classes.
       batch_size: number of pairs (static under `jit`).
-      image_size: see :func:`compose` (static under `jit`).
+      image_size: see `compose` (static under `jit`).
       key: decides the pairs.
 
     Returns:
@@ -151,7 +108,7 @@ def multi_mnist(
       split: the digits to draw from, see :func:`mnist_subset`; no digit stands in
         pictures of two splits.
       size: number of pairs, at least one.
-      image_size: see :func:`compose`.
+      image_size: see `compose`.
       seed: decides the pairs; a larger `size` with the same seed starts the same.
 
     Returns:
@@ -166,22 +123,8 @@ def multi_mnist(
       >>> pictures["image"].shape, pictures["left"].shape
       ((100, 18, 18, 1), (100,))
     """
-    if size < 1:
-        raise ValueError(f"`size` must be at least one, got {size}.")
     digits = mnist_subset(split)
-    pairs = np.random.default_rng(seed).integers(len(digits["label"]), size=(size, 2))
-    left, right = pairs.T
-    image = np.empty((size, image_size, image_size, 1), dtype=np.float32)
-    # In pieces: the canvases of 50,000 pairs would take a quarter of a gigabyte.
-    for start in range(0, size, 4_096):
-        piece = slice(start, start + 4_096)
-        image[piece] = compose(
-            digits["image"][left[piece]],
-            digits["image"][right[piece]],
-            image_size=image_size,
-        )
-    labels = digits["label"].astype(np.int32)
-    return {"image": image, "left": labels[left], "right": labels[right]}
+    return image_pairs(digits, digits, size, image_size=image_size, seed=seed)
 
 
 def build_mnist_subset(folder: str | Path) -> bytes:

@@ -30,6 +30,7 @@ def prepared(originals, tmp_path_factory):
     for name in (
         "adult",
         "energy_efficiency",
+        "fashion_mnist/five_classes",
         "parkinsons_telemonitoring",
         "mulan_mtr/sf1",
         "mulan_mtr/osales",

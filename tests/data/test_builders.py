@@ -16,6 +16,7 @@ from tests.data.published import check_rows
 
 # Published numbers of examples, from the table of the collected data.
 ROWS = {
+    "fashion_mnist/five_classes": {"test": 5_000},
     "kmnist": {"test": 10_000},
     "usps": {"train": 7_291, "test": 2_007},
     "pneumoniamnist": {"train": 3_882, "validation": 524, "test": 624},
@@ -142,6 +143,11 @@ def _leftovers(data_dir):
             lambda b: b.replace(b"7.4", b"x", 1),
         ),
         ("usps", "usps.npz", lambda b: b[: len(b) // 2]),
+        (
+            "fashion_mnist/five_classes",
+            "fashion_test_5class.npy",
+            lambda b: b[:1_000_000],
+        ),
         ("school", "school.mat", lambda b: b[:20_000]),
         ("sick", "SICK_trial.txt", lambda b: b[:30_000]),
         ("goemotions", "goemotions.tar.xz", lambda b: b[:100_000]),
