@@ -60,13 +60,19 @@ class TaskGradients:
 
     @classmethod
     def from_stacked(
-        cls, grads: PyTree, tasks: Sequence[str] | None = None
+        cls,
+        grads: PyTree,
+        tasks: Sequence[str] | None = None,
+        *,
+        split: ParameterSplit | None = None,
     ) -> "TaskGradients":
-        """Wraps gradients stacked on a leading task axis; all of them count as shared.
+        """Wraps gradients stacked on a leading task axis.
 
         Args:
           grads: params-shaped, every leaf of shape `(tasks, *leaf.shape)`.
           tasks: sorted task names; "0", "1", … if not given.
+          split: whose the parameters are, tasks included; all count as shared if not
+            given.
 
         Returns:
           The task gradients.
@@ -84,6 +90,8 @@ class TaskGradients:
                 "`jax.tree.map(lambda *g: jnp.stack(g), *grads_per_task)`."
             )
         (num_tasks,) = next(iter(sizes.values()))
+        if split is not None:
+            tasks = split.tasks
         if tasks is None:
             tasks = tuple(str(i) for i in range(num_tasks))
         if len(tasks) != num_tasks:
@@ -91,12 +99,13 @@ class TaskGradients:
                 f"`tasks` must name the {num_tasks} tasks of the leading axis, got "
                 f"{tuple(tasks)}."
             )
-        split = ParameterSplit(
-            tasks=tuple(tasks),
-            owners=jax.tree.map(lambda _: tuple(tasks), grads),
-            shared=jax.tree.map(lambda _: True, grads),
-        )
-        return cls(split, _Stacked(grads))
+        if split is None:
+            split = ParameterSplit(
+                tasks=tuple(tasks),
+                owners=jax.tree.map(lambda _: tuple(tasks), grads),
+                shared=jax.tree.map(lambda _: True, grads),
+            )
+        return cls(split, _Stacked(grads, split))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -107,6 +116,12 @@ class TaskGradients:
     def shared(self) -> PyTree:
         """Params-shaped: True where a leaf counts as shared."""
         return self.split.shared
+
+    @property
+    def factors(self) -> Float[Array, " tasks"]:
+        """What `scale` has multiplied the tasks' gradients by, float32."""
+        ones = jnp.ones(len(self.tasks), jnp.float32)
+        return ones if self._factors is None else self._factors
 
     def gramian(self) -> Float[Array, "tasks tasks"]:
         """Inner products of the tasks' gradients on the shared parameters, float32."""
@@ -129,8 +144,7 @@ class TaskGradients:
         Returns:
           Params-shaped, in the parameters' types; zero on leaves that no loss reaches.
         """
-        ones = jnp.ones(len(self.tasks), jnp.float32)
-        own_weights = ones if self._factors is None else self._factors
+        own_weights = self.factors
         if weights is None:
             return self._engine.pull(own_weights)
         shared = self._engine.pull(own_weights * self._checked(weights))
@@ -210,8 +224,9 @@ class _Stacked:
 
     name = "given"
 
-    def __init__(self, grads: PyTree):
+    def __init__(self, grads: PyTree, split: ParameterSplit):
         self._grads = grads
+        self._split = split
 
     def pull(self, weights):
         return jax.tree.map(
@@ -225,8 +240,9 @@ class _Stacked:
         return self._grads
 
     def gramian(self):
-        leaves = jax.tree.leaves(self._grads)
-        return gramian_of_rows(leaves, leaves[0].shape[0])
+        leaves = zip(jax.tree.leaves(self._grads), jax.tree.leaves(self._split.shared))
+        shared = [g for g, is_shared in leaves if is_shared]
+        return gramian_of_rows(shared, len(self._split.tasks))
 
     def inner(self, direction):
         return sum(
