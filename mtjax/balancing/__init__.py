@@ -3,35 +3,57 @@
 from mtjax.balancing.balancer import Step, balancer, gramian_balancer
 from mtjax.balancing.cagrad import cagrad
 from mtjax.balancing.constant import constant
+from mtjax.balancing.cosmos import cosmos
 from mtjax.balancing.dwa import DWAState, dwa
 from mtjax.balancing.equal import equal
 from mtjax.balancing.famo import FAMOState, famo
+from mtjax.balancing.gls import gls
 from mtjax.balancing.graddrop import GradDropState, graddrop
+from mtjax.balancing.imtl_l import IMTLLState, imtl_l
 from mtjax.balancing.mgda import mgda
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
+from mtjax.balancing.pbi import pbi
 from mtjax.balancing.pcgrad import PCGradState, pcgrad
+from mtjax.balancing.rlw import RLWState, rlw
+from mtjax.balancing.scalarisation import loss_weighting, scalarisation
+from mtjax.balancing.scale_invariant import scale_invariant
+from mtjax.balancing.stch import STCHState, stch
 from mtjax.balancing.upgrad import upgrad
 from mtjax.balancing.uw import UWState, uw
+from mtjax.balancing.uw_so import uw_so
 
 __all__ = [
     "DWAState",
     "FAMOState",
     "GradDropState",
+    "IMTLLState",
     "NashMTLState",
     "PCGradState",
+    "RLWState",
+    "STCHState",
     "Step",
     "UWState",
     "balancer",
     "cagrad",
     "constant",
+    "cosmos",
     "dwa",
     "equal",
     "famo",
+    "gls",
     "graddrop",
     "gramian_balancer",
+    "imtl_l",
+    "loss_weighting",
     "mgda",
     "nash_mtl",
+    "pbi",
     "pcgrad",
+    "rlw",
+    "scalarisation",
+    "scale_invariant",
+    "stch",
     "upgrad",
     "uw",
+    "uw_so",
 ]

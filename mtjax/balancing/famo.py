@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from mtjax.balancing.balancer import balancer, keep_absent, keep_moments, loss_vector
+from mtjax.balancing.balancer import balancer, keep_absent, loss_vector
+from mtjax.balancing.learnt import train_per_task
 
 
 class FAMOState(NamedTuple):
@@ -99,16 +100,8 @@ def famo(
         softmax = functools.partial(jax.nn.softmax, where=seen)
         _, softmax_vjp = jax.vjp(softmax, state.logits)
         (slope,) = softmax_vjp(delta)
-        change, opt_state = logits_optimizer.update(
-            jnp.where(seen, slope, 0.0), state.logits_opt_state, state.logits
-        )
-        logits = keep_absent(state.logits + change, state.logits, seen)
-        opt_state = keep_moments(
-            logits_optimizer,
-            opt_state,
-            state.logits_opt_state,
-            seen,
-            others=jnp.any(seen),
+        logits, opt_state = train_per_task(
+            logits_optimizer, slope, state.logits, state.logits_opt_state, seen
         )
         return state._replace(logits=logits, logits_opt_state=opt_state)
 

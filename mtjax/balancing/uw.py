@@ -6,12 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from mtjax.balancing.balancer import (
-    balancer,
-    check_choice,
-    keep_absent,
-    keep_moments,
-)
+from mtjax.balancing.balancer import balancer, check_choice
+from mtjax.balancing.learnt import train_per_task
 
 
 class UWState(NamedTuple):
@@ -79,16 +75,8 @@ def uw(
         s = state.log_variances
         weights = half * jnp.exp(-s)
         moves = step.present & jnp.isfinite(step.losses)
-        slope = jnp.where(moves, 0.5 - weights * step.losses, 0.0)
-        change, opt_state = optimizer.update(slope, state.opt_state, s)
-        s_new = keep_absent(s + change, s, moves)
-        opt_state = keep_moments(
-            optimizer,
-            opt_state,
-            state.opt_state,
-            moves,
-            others=jnp.any(moves),
-        )
-        return grads.scale(weights).combine(), UWState(s_new, opt_state)
+        slopes = 0.5 - weights * step.losses
+        trained = train_per_task(optimizer, slopes, s, state.opt_state, moves)
+        return grads.scale(weights).combine(), UWState(*trained)
 
     return balancer("uw", init, update, num_tasks=num_tasks, needs=("losses",))

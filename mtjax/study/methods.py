@@ -36,6 +36,18 @@ METHODS: dict[str, Method] = {
     "uw": _method(balancing.uw, "losses", lambda k, n: balancing.uw(k)),
     "dwa": _method(balancing.dwa, "losses", lambda k, n: balancing.dwa(k, n)),
     "famo": _method(balancing.famo, "losses", lambda k, n: balancing.famo(k)),
+    "scale_invariant": _method(
+        balancing.scale_invariant, "losses", lambda k, n: balancing.scale_invariant()
+    ),
+    "gls": _method(balancing.gls, "losses", lambda k, n: balancing.gls()),
+    "rlw": _method(balancing.rlw, "losses", lambda k, n: balancing.rlw()),
+    "imtl_l": _method(balancing.imtl_l, "losses", lambda k, n: balancing.imtl_l(k)),
+    "stch": _method(
+        balancing.stch, "losses", lambda k, n: balancing.stch(k, warmup_steps=4 * n)
+    ),
+    "uw_so": _method(balancing.uw_so, "losses", lambda k, n: balancing.uw_so()),
+    "cosmos": _method(balancing.cosmos, "losses", lambda k, n: balancing.cosmos()),
+    "pbi": _method(balancing.pbi, "losses", lambda k, n: balancing.pbi()),
     "pcgrad": _method(balancing.pcgrad, "Gramian", lambda k, n: balancing.pcgrad()),
     "mgda": _method(balancing.mgda, "Gramian", lambda k, n: balancing.mgda()),
     "cagrad": _method(balancing.cagrad, "Gramian", lambda k, n: balancing.cagrad()),
