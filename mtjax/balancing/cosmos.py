@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import ArrayLike
 
 from mtjax.balancing.balancer import check_preference
 from mtjax.balancing.scalarisation import preferred, safe_norm, scalarisation
 
 
 def cosmos(
-    preference: Sequence[float] | None = None, *, penalty: float = 2.0
+    preference: ArrayLike | Sequence[float | int] | None = None, *, penalty: float = 2.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Minimises a weighted sum and the angle between the losses and the weights.
 

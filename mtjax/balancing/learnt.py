@@ -31,5 +31,6 @@ def train_per_task(
     """
     slopes = jnp.where(moves, slopes, 0.0)
     change, after = optimizer.update(slopes, opt_state, values)
+    moved: Any = optax.apply_updates(values, change)
     after = keep_moments(optimizer, after, opt_state, moves, others=jnp.any(moves))
-    return keep_absent(values + change, values, moves), after
+    return keep_absent(moved, values, moves), after

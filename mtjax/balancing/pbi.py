@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import ArrayLike
 
 from mtjax.balancing.balancer import check_preference
 from mtjax.balancing.scalarisation import preferred, safe_norm, scalarisation
@@ -15,10 +16,10 @@ _ON_THE_RAY = 1e-5
 
 
 def pbi(
-    preference: Sequence[float] | None = None,
+    preference: ArrayLike | Sequence[float | int] | None = None,
     *,
     theta: float = 5.0,
-    reference: float | Sequence[float] = 0.0,
+    reference: ArrayLike | Sequence[float | int] = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Minimises the losses along a preferred ray and their distance from it.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from mtjax.balancing.balancer import balancer, check_preference
 
@@ -86,7 +86,7 @@ def usable_losses(
 
 
 def preferred(
-    preference: Sequence[float] | None, present: Bool[Array, " tasks"]
+    preference: ArrayLike | Sequence[float | int] | None, present: Bool[Array, " tasks"]
 ) -> Float[Array, " tasks"]:
     """What the user prefers, equal if none is given; zero for absent tasks."""
     if preference is None:
