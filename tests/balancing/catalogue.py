@@ -231,6 +231,58 @@ METHODS = (
         lambda k: mtjax.upgrad(),
         claims(conflict="yes", stationary="yes"),
     ),
+    Method(
+        "gradvac(K)",
+        mtjax.gradvac,
+        lambda k: mtjax.gradvac(k),
+        claims(conflict="of two tasks", order="matters", random="yes"),
+    ),
+    Method(
+        "imtl_g()",
+        mtjax.imtl_g,
+        lambda k: mtjax.imtl_g(),
+        claims(),
+    ),
+    Method(
+        "config()",
+        mtjax.config,
+        lambda k: mtjax.config(),
+        claims(),
+    ),
+    Method(
+        "aligned_mtl()",
+        mtjax.aligned_mtl,
+        lambda k: mtjax.aligned_mtl(),
+        claims(),
+    ),
+    Method(
+        'aligned_mtl(scale_mode="rmse")',
+        mtjax.aligned_mtl,
+        lambda k: mtjax.aligned_mtl(scale_mode="rmse"),
+        claims(),
+    ),
+    Method(
+        "krum()",
+        mtjax.krum,
+        lambda k: mtjax.krum(),
+        claims(),
+    ),
+    Method(
+        "trimmed_mean()",
+        mtjax.trimmed_mean,
+        lambda k: mtjax.trimmed_mean(),
+        claims(span="no"),
+        ("stack",),
+    ),
+    Method(
+        "db_mtl(K)",
+        mtjax.db_mtl,
+        lambda k: mtjax.db_mtl(k),
+        claims(own="weighted"),
+        ("stack",),
+        losses=True,
+        one_task=0.1,
+    ),
 )
 
 TASKS = tuple("abcdefghijklmnopqrstuvwxyz")
@@ -244,14 +296,21 @@ def task_names(num_tasks):
 def jitted(method: Method, num_tasks: int):
     """The update as one compiled function of everything that it may depend on.
 
-    Where losses are evaluated again they come out one tenth lower.
+    Where losses are evaluated again they come out one tenth lower, with the gradients
+    that were given; further batches have these gradients too.
     """
     tx = method.make(num_tasks)
 
     @jax.jit
     def update(grads, state, losses, present, key, after):
         names = task_names(num_tasks)
-        losses_fn = lambda params: dict(zip(names, after, strict=True))
+        slopes = mtjax.TaskGradients.from_stacked(grads, names)
+
+        def losses_fn(params):
+            steep = slopes.inner(params)
+            values = after + (steep - jax.lax.stop_gradient(steep))
+            return dict(zip(names, values, strict=True))
+
         return tx.update(
             grads,
             state,
@@ -260,6 +319,8 @@ def jitted(method: Method, num_tasks: int):
             present=present,
             key=key,
             losses_fn=losses_fn,
+            validation_losses_fn=losses_fn,
+            resampled=[slopes, slopes],
         )
 
     def call(grads, state=None, losses=None, present=None, key=None, after=None):

@@ -48,6 +48,8 @@ def update(tx, params, state, batch, grad_fn=grad_fn, **extra_args):
         params,
         losses=losses,
         losses_fn=functools.partial(losses_fn, batch=batch),
+        validation_losses_fn=functools.partial(losses_fn, batch=batch),
+        resampled=[grads, grads],
         **extra_args,
     )
 

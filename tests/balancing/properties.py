@@ -131,7 +131,15 @@ def own(method):
     def update(state, factor):
         losses, grads = mtjax.value_and_task_grads(losses_fn)(params)
         losses = {t: v * factor ** (i + 1) for i, (t, v) in enumerate(losses.items())}
-        return tx.update(grads, state, params, losses=losses, losses_fn=losses_fn)
+        return tx.update(
+            grads,
+            state,
+            params,
+            losses=losses,
+            losses_fn=losses_fn,
+            validation_losses_fn=losses_fn,
+            resampled=[grads, grads],
+        )
 
     state = tx.init(params)
     for factor in (1.0, 0.5, 0.3):

@@ -123,7 +123,9 @@ def test_lazy_and_stacked_gradients_agree(method):
             tx.init(params),
             params,
             losses=losses,
-            losses_fn=lambda params: losses,
+            losses_fn=losses_fn,
+            validation_losses_fn=losses_fn,
+            resampled=[grads, grads],
             key=key,
         )[0]
 
