@@ -1,15 +1,21 @@
 """Balancers: optax transforms that combine the gradients of several tasks."""
 
+from mtjax.balancing.aligned_mtl import aligned_mtl
 from mtjax.balancing.balancer import Step, balancer, gramian_balancer
 from mtjax.balancing.cagrad import cagrad
+from mtjax.balancing.config import config
 from mtjax.balancing.constant import constant
 from mtjax.balancing.cosmos import cosmos
+from mtjax.balancing.db_mtl import DBMTLState, db_mtl
 from mtjax.balancing.dwa import DWAState, dwa
 from mtjax.balancing.equal import equal
 from mtjax.balancing.famo import FAMOState, famo
 from mtjax.balancing.gls import gls
 from mtjax.balancing.graddrop import GradDropState, graddrop
+from mtjax.balancing.gradvac import GradVacState, gradvac
+from mtjax.balancing.imtl_g import imtl_g
 from mtjax.balancing.imtl_l import IMTLLState, imtl_l
+from mtjax.balancing.krum import krum
 from mtjax.balancing.mgda import mgda
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
 from mtjax.balancing.pbi import pbi
@@ -18,14 +24,17 @@ from mtjax.balancing.rlw import RLWState, rlw
 from mtjax.balancing.scalarisation import loss_weighting, scalarisation
 from mtjax.balancing.scale_invariant import scale_invariant
 from mtjax.balancing.stch import STCHState, stch
+from mtjax.balancing.trimmed_mean import trimmed_mean
 from mtjax.balancing.upgrad import upgrad
 from mtjax.balancing.uw import UWState, uw
 from mtjax.balancing.uw_so import uw_so
 
 __all__ = [
+    "DBMTLState",
     "DWAState",
     "FAMOState",
     "GradDropState",
+    "GradVacState",
     "IMTLLState",
     "NashMTLState",
     "PCGradState",
@@ -33,17 +42,23 @@ __all__ = [
     "STCHState",
     "Step",
     "UWState",
+    "aligned_mtl",
     "balancer",
     "cagrad",
+    "config",
     "constant",
     "cosmos",
+    "db_mtl",
     "dwa",
     "equal",
     "famo",
     "gls",
     "graddrop",
+    "gradvac",
     "gramian_balancer",
+    "imtl_g",
     "imtl_l",
+    "krum",
     "loss_weighting",
     "mgda",
     "nash_mtl",
@@ -53,6 +68,7 @@ __all__ = [
     "scalarisation",
     "scale_invariant",
     "stch",
+    "trimmed_mean",
     "upgrad",
     "uw",
     "uw_so",

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mtjax.balancing.balancer import (
     balancer,
@@ -97,9 +97,7 @@ def surgery_weights(
     tasks = jnp.arange(num_tasks)
     squares = jnp.diagonal(gramian)
     inverse = jnp.where(squares > 0, 1.0 / jnp.where(squares > 0, squares, 1.0), 0.0)
-    orders = jax.vmap(lambda k: jax.random.permutation(k, num_tasks))(
-        jax.random.split(key, num_tasks)
-    )
+    orders = random_orders(num_tasks, key=key)
 
     def project(weights, others):
         # `others[i]` is the task that row i is projected off in this round.
@@ -110,3 +108,9 @@ def surgery_weights(
 
     eye = jnp.eye(num_tasks, dtype=gramian.dtype)
     return jax.lax.scan(project, eye, orders.T)[0]
+
+
+def random_orders(num_tasks: int, *, key: Array) -> Int[Array, "tasks tasks"]:
+    """One random order of all tasks for each task, as rows."""
+    keys = jax.random.split(key, num_tasks)
+    return jax.vmap(lambda k: jax.random.permutation(k, num_tasks))(keys)

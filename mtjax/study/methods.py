@@ -55,9 +55,20 @@ METHODS: dict[str, Method] = {
         balancing.nash_mtl, "Gramian", lambda k, n: balancing.nash_mtl(k)
     ),
     "upgrad": _method(balancing.upgrad, "Gramian", lambda k, n: balancing.upgrad()),
+    "gradvac": _method(balancing.gradvac, "Gramian", lambda k, n: balancing.gradvac(k)),
+    "imtl_g": _method(balancing.imtl_g, "Gramian", lambda k, n: balancing.imtl_g()),
+    "config": _method(balancing.config, "Gramian", lambda k, n: balancing.config()),
+    "aligned_mtl": _method(
+        balancing.aligned_mtl, "Gramian", lambda k, n: balancing.aligned_mtl()
+    ),
+    "krum": _method(balancing.krum, "Gramian", lambda k, n: balancing.krum()),
     "graddrop": _method(
         balancing.graddrop, "gradients", lambda k, n: balancing.graddrop()
     ),
+    "trimmed_mean": _method(
+        balancing.trimmed_mean, "gradients", lambda k, n: balancing.trimmed_mean()
+    ),
+    "db_mtl": _method(balancing.db_mtl, "gradients", lambda k, n: balancing.db_mtl(k)),
 }
 """All balancers with their published defaults, in the order of their cost."""
 

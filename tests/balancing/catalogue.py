@@ -241,13 +241,17 @@ METHODS = (
         "imtl_g()",
         mtjax.imtl_g,
         lambda k: mtjax.imtl_g(),
-        claims(),
+        claims(
+            conflict="yes",
+            stationary="also where some tasks are",
+            scale_one="same direction",
+        ),
     ),
     Method(
         "config()",
         mtjax.config,
         lambda k: mtjax.config(),
-        claims(),
+        claims(conflict="yes", scale_one="same direction"),
     ),
     Method(
         "aligned_mtl()",
@@ -265,7 +269,7 @@ METHODS = (
         "krum()",
         mtjax.krum,
         lambda k: mtjax.krum(),
-        claims(),
+        claims(scale_one="same update"),
     ),
     Method(
         "trimmed_mean()",
@@ -278,7 +282,12 @@ METHODS = (
         "db_mtl(K)",
         mtjax.db_mtl,
         lambda k: mtjax.db_mtl(k),
-        claims(own="weighted"),
+        claims(
+            conflict="of two tasks",
+            scale_all="0",
+            scale_one="same update",
+            own="weighted",
+        ),
         ("stack",),
         losses=True,
         one_task=0.1,
