@@ -81,7 +81,7 @@ def test_own_parameters_get_the_gradients_of_their_log_losses():
     }
     tx = mtjax.db_mtl(2, beta=0.0)
     losses, grads = mtjax.value_and_task_grads(losses_fn)(params)
-    updates, state = tx.update(grads, tx.init(params), params, losses=losses)
+    updates, _ = tx.update(grads, tx.init(params), params, losses=losses)
     assert float(updates["own"]["a"]) == pytest.approx(1 / 13)
     assert float(updates["own"]["b"]) == pytest.approx(1 / 20)
     # Both gradients of the trunk as long as the longer of them.
