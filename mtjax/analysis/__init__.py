@@ -5,5 +5,11 @@ matplotlib.
 """
 
 from mtjax.analysis.conflict import ConflictStatistics, conflict_statistics
+from mtjax.analysis.sharpness import Sharpness, task_sharpness
 
-__all__ = ["ConflictStatistics", "conflict_statistics"]
+__all__ = [
+    "ConflictStatistics",
+    "Sharpness",
+    "conflict_statistics",
+    "task_sharpness",
+]

@@ -21,6 +21,8 @@ from mtjax.training.mesh import (
 from mtjax.training.metrics import (
     ACCURACY,
     AVERAGE_PRECISION,
+    BRIER,
+    CALIBRATION_ERROR,
     F1,
     F1_MACRO,
     LOG_LOSS,
@@ -30,6 +32,7 @@ from mtjax.training.metrics import (
     RMSE,
     ROC_AUC,
     Metric,
+    predictive_entropy,
     score,
 )
 from mtjax.training.run_config import ConfigMismatchError
@@ -39,6 +42,8 @@ from mtjax.training.step import make_train_step
 __all__ = [
     "ACCURACY",
     "AVERAGE_PRECISION",
+    "BRIER",
+    "CALIBRATION_ERROR",
     "F1",
     "F1_MACRO",
     "LOG_LOSS",
@@ -66,6 +71,7 @@ __all__ = [
     "make_train_step",
     "mean_rank",
     "place",
+    "predictive_entropy",
     "replicate",
     "score",
     "shard_batch",

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy.special
 import sklearn.metrics as sk
 from jaxtyping import Bool, Shaped
 
 Direction = Literal["higher", "lower"]
 ArrayLike = Shaped[np.ndarray, "..."]
+
+# Of the calibration error, as usual in the literature.
+_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,39 @@ def _log_loss(targets: np.ndarray, probabilities: np.ndarray) -> float:
     return sk.log_loss(targets, probabilities, labels=np.arange(classes))
 
 
+def _brier(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    if probabilities.ndim == 1:
+        return float(sk.brier_score_loss(targets, probabilities))
+    one_hot = np.eye(probabilities.shape[-1])[targets]
+    return float(np.mean(np.sum((probabilities - one_hot) ** 2, axis=-1)))
+
+
+def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    if probabilities.ndim == 1:
+        probabilities = np.stack([1.0 - probabilities, probabilities], axis=-1)
+    confidence = probabilities.max(axis=-1)
+    correct = probabilities.argmax(axis=-1) == targets
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=_BINS)
+    return float(np.sum(np.abs(gaps)) / len(targets))
+
+
+def predictive_entropy(probabilities: ArrayLike) -> float:
+    r"""Mean entropy :math:`-\sum_c p_c \log p_c` of predictions: their uncertainty.
+
+    Args:
+      probabilities: of all classes, shape ``(examples, classes)``.
+
+    Returns:
+      The mean over examples, in nats.
+
+    Example:
+      >>> predictive_entropy(np.array([[1.0, 0.0], [0.5, 0.5]]))
+      0.346...
+    """
+    return float(np.mean(np.sum(scipy.special.entr(probabilities), axis=-1)))
+
+
 def _f1_macro(targets: np.ndarray, predictions: np.ndarray) -> float:
     return float(sk.f1_score(targets, predictions, average="macro", zero_division=0))
 
@@ -113,6 +150,16 @@ AVERAGE_PRECISION = Metric(
 
 LOG_LOSS = Metric("log_loss", _log_loss, "lower")
 """Cross entropy in nats; integer labels, probabilities of class 1 or of all classes."""
+
+BRIER = Metric("brier", _brier, "lower")
+"""Squared error of probabilities, of class 1 or summed over all classes."""
+
+CALIBRATION_ERROR = Metric("ece", _calibration_error, "lower")
+"""Expected calibration error: the gap between confidence and accuracy, in 15 bins.
+
+Integer labels, probabilities of class 1 or of all classes. The bins are as wide as each
+other (On Calibration of Modern Neural Networks, 2017, equation 3).
+"""
 
 RMSE = Metric("rmse", sk.root_mean_squared_error, "lower")
 """Root of the mean squared error, in the unit of the targets."""
