@@ -23,7 +23,7 @@ from mtjax.study.runs import Runs
 from mtjax.study.setting import Setting
 from mtjax.study.summary import SINGLE, Summary, summarise
 from mtjax.training.commit import write_atomically
-from mtjax.training.run_config import check_same_config, config_to_json
+from mtjax.training.run_config import open_run_folder
 
 _TIMING_ROUNDS, _TIMING_STEPS = 7, 4
 
@@ -48,7 +48,7 @@ def run_study(config: Config, out: Path, *, progress: bool = True) -> Summary:
       ValueError: if the folder holds something else.
     """
     problem = _load(config)
-    _open(config, out)
+    open_run_folder(out, config)
     all_runs = _all_runs(problem, config)
     total = config.steps * config.seeds * len(all_runs)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -72,20 +72,6 @@ def _load(config: Config) -> Problem:
         train = jax.tree.map(lambda x: x[: config.examples], problem.train)
         problem = dataclasses.replace(problem, train=train)
     return problem
-
-
-def _open(config: Config, out: Path) -> None:
-    path = out / "config.json"
-    if path.exists():
-        check_same_config(path, config)
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(
-            f"`out` must be new, empty or the folder of an earlier run, got {out}; "
-            "choose another folder."
-        )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, config_to_json(config))
 
 
 def _all_runs(problem: Problem, config: Config) -> dict[str, Runs]:

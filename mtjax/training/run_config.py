@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mtjax.training.commit import write_atomically
+
 
 class ConfigMismatchError(ValueError):
     """A run folder was made with another configuration."""
@@ -83,6 +85,30 @@ def check_same_config(path: Path, config: Any) -> None:
             + "\n".join(lines)
             + "\nUse another folder, or restore the old values."
         )
+
+
+def open_run_folder(out: Path, config: Any) -> None:
+    """Makes the folder of a run, or checks that it is the one of this configuration.
+
+    Args:
+      out: the folder, new or empty or with a `config.json` of an earlier start.
+      config: the configuration of this run, a dataclass or a mapping.
+
+    Raises:
+      ConfigMismatchError: if the folder holds another configuration.
+      ValueError: if the folder holds something else.
+    """
+    path = out / "config.json"
+    if path.exists():
+        check_same_config(path, config)
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(
+            f"`out` must be new, empty or the folder of an earlier run, got {out}; "
+            "choose another folder."
+        )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, config_to_json(config))
 
 
 def differences(saved: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
