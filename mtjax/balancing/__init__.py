@@ -6,6 +6,7 @@ from mtjax.balancing.cagrad import cagrad
 from mtjax.balancing.config import config
 from mtjax.balancing.constant import constant
 from mtjax.balancing.cosmos import cosmos
+from mtjax.balancing.cr_mogm import CRMOGMState, cr_mogm
 from mtjax.balancing.db_mtl import DBMTLState, db_mtl
 from mtjax.balancing.dwa import DWAState, dwa
 from mtjax.balancing.equal import equal
@@ -13,16 +14,20 @@ from mtjax.balancing.famo import FAMOState, famo
 from mtjax.balancing.gls import gls
 from mtjax.balancing.graddrop import GradDropState, graddrop
 from mtjax.balancing.gradvac import GradVacState, gradvac
+from mtjax.balancing.imtl import imtl
 from mtjax.balancing.imtl_g import imtl_g
 from mtjax.balancing.imtl_l import IMTLLState, imtl_l
 from mtjax.balancing.krum import krum
 from mtjax.balancing.mgda import mgda
+from mtjax.balancing.moco import MoCoState, moco
+from mtjax.balancing.modo import MoDoState, modo
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
 from mtjax.balancing.pbi import pbi
 from mtjax.balancing.pcgrad import PCGradState, pcgrad
 from mtjax.balancing.rlw import RLWState, rlw
 from mtjax.balancing.scalarisation import loss_weighting, scalarisation
 from mtjax.balancing.scale_invariant import scale_invariant
+from mtjax.balancing.sdmgrad import SDMGradState, sdmgrad
 from mtjax.balancing.stch import STCHState, stch
 from mtjax.balancing.trimmed_mean import trimmed_mean
 from mtjax.balancing.upgrad import upgrad
@@ -30,15 +35,19 @@ from mtjax.balancing.uw import UWState, uw
 from mtjax.balancing.uw_so import uw_so
 
 __all__ = [
+    "CRMOGMState",
     "DBMTLState",
     "DWAState",
     "FAMOState",
     "GradDropState",
     "GradVacState",
     "IMTLLState",
+    "MoCoState",
+    "MoDoState",
     "NashMTLState",
     "PCGradState",
     "RLWState",
+    "SDMGradState",
     "STCHState",
     "Step",
     "UWState",
@@ -48,6 +57,7 @@ __all__ = [
     "config",
     "constant",
     "cosmos",
+    "cr_mogm",
     "db_mtl",
     "dwa",
     "equal",
@@ -56,17 +66,21 @@ __all__ = [
     "graddrop",
     "gradvac",
     "gramian_balancer",
+    "imtl",
     "imtl_g",
     "imtl_l",
     "krum",
     "loss_weighting",
     "mgda",
+    "moco",
+    "modo",
     "nash_mtl",
     "pbi",
     "pcgrad",
     "rlw",
     "scalarisation",
     "scale_invariant",
+    "sdmgrad",
     "stch",
     "trimmed_mean",
     "upgrad",

@@ -115,7 +115,7 @@ def moco(
         )
         gramian = masked_gramian(balanced, step)
         now = shares(state.weights, step.present)
-        slope = gramian @ now + rho * now
+        slope = jnp.matmul(gramian, now, precision="highest") + rho * now
         new = project(now - gamma / count**gamma_sigma * slope, step.present)
         updates = jax.tree.map(
             lambda d, g: d.astype(g.dtype), balanced.combine(new), rows

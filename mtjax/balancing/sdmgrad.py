@@ -74,7 +74,9 @@ def sdmgrad(
       column by column, in the memory of one gradient instead of one per task.
     """
     if regularization < 0:
-        raise ValueError(f"`regularization` must not be negative, got {regularization}.")
+        raise ValueError(
+            f"`regularization` must not be negative, got {regularization}."
+        )
     if num_steps < 1:
         raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
     if learning_rate <= 0:
@@ -113,7 +115,7 @@ def sdmgrad(
         matrix = jnp.where(present[:, None] & present[None, :], matrix, 0.0)
         lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(matrix), 0.0))
         equal = shares(present.astype(jnp.float32), present)
-        scale = equal @ lengths
+        scale = jnp.sum(equal * lengths)
         unit = jnp.where(scale > 0, scale, 1.0)
         scaled = jnp.where(scale == 0, 0.0, matrix / unit / unit)
         new = descend(scaled, shares(state.weights, present), present)

@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
         balancing.aligned_mtl, "Gramian", lambda k, n: balancing.aligned_mtl()
     ),
     "krum": _method(balancing.krum, "Gramian", lambda k, n: balancing.krum()),
+    "moco": _method(balancing.moco, "gradients", lambda k, n: balancing.moco(k)),
     "graddrop": _method(
         balancing.graddrop, "gradients", lambda k, n: balancing.graddrop()
     ),

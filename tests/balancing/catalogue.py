@@ -21,9 +21,11 @@ class Method:
       label: the call, as in the documentation.
       factory: the function whose docstring describes it.
       make: the transform for a number of tasks.
-      calls: views of `TaskGradients` per step: pull, Gramian and stack.
+      calls: views of `TaskGradients` per step: pull, Gramian, stack and inner.
       evaluations: how often it evaluates the losses again.
       losses: whether it needs `losses`.
+      resampled: how many further batches it needs.
+      held_out: passes over held-out data per step, if it needs any.
       one_task: what becomes of a single gradient of norm 2.
       claims: measured properties, see `properties.py`.
     """
@@ -35,6 +37,8 @@ class Method:
     calls: tuple[str, ...] = ("gramian", "pull")
     evaluations: int = 0
     losses: bool = False
+    resampled: int = 0
+    held_out: str = ""
     one_task: float = 1.0
 
 
@@ -291,6 +295,47 @@ METHODS = (
         ("stack",),
         losses=True,
         one_task=0.1,
+    ),
+    Method(
+        "imtl(K)",
+        mtjax.imtl,
+        lambda k: mtjax.imtl(k),
+        claims(
+            conflict="yes",
+            stationary="also where some tasks are",
+            own="weighted",
+        ),
+        losses=True,
+    ),
+    Method(
+        "cr_mogm(mgda(), K)",
+        mtjax.cr_mogm,
+        lambda k: mtjax.cr_mogm(mtjax.mgda(), k),
+        claims(conflict="yes", stationary="also where some tasks are"),
+    ),
+    Method(
+        "moco(K)",
+        mtjax.moco,
+        lambda k: mtjax.moco(k),
+        claims(scale_all="other"),
+        ("stack",),
+        one_task=0.5,
+    ),
+    Method(
+        "modo(K)",
+        mtjax.modo,
+        lambda k: mtjax.modo(k),
+        claims(scale_all="other"),
+        ("pull", "inner", "pull"),
+        resampled=2,
+    ),
+    Method(
+        "sdmgrad(K)",
+        mtjax.sdmgrad,
+        lambda k: mtjax.sdmgrad(k),
+        claims(),
+        ("pull", "inner", "pull", "inner", "pull"),
+        resampled=2,
     ),
 )
 

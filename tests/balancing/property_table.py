@@ -26,6 +26,7 @@ COST = """\
 
 Counted on the views of the gradients that a method asks for, with the engine `stacked`;
 other engines make the Gramian cheaper. "Forward" is one more evaluation of the losses.
+The losses of further batches and of held-out data come on top.
 """
 
 PROPERTIES = """\
@@ -83,11 +84,10 @@ def page() -> str:
     )
 
 
-def calls(method) -> tuple[tuple[str, ...], int]:
+def calls(method, size=SIZES[0]) -> tuple[tuple[str, ...], int]:
     """The views of the gradients that one step asks for, and its re-evaluations."""
     asked = []
     evaluations = 0
-    size = SIZES[0]
     rows = jnp.eye(size)
     names = task_names(size)
 
@@ -120,12 +120,15 @@ def calls(method) -> tuple[tuple[str, ...], int]:
     params = jnp.zeros(size)
 
     def update():
+        grads = TaskGradients(split, Engine())
         return tx.update(
-            TaskGradients(split, Engine()),
+            grads,
             tx.init(params),
             params,
             losses=dict.fromkeys(names, jnp.ones(())),
             losses_fn=losses_fn,
+            validation_losses_fn=lambda params: dict.fromkeys(names, params.sum()),
+            resampled=[grads, grads],
         )
 
     jax.eval_shape(update)
@@ -139,21 +142,33 @@ def one_task(method) -> float:
 
 
 def _cost(method):
-    views, evaluations = calls(method)
-    passes = [sum(view in ("gramian", "stack") for view in views), views.count("pull")]
-    passes = [f"{passes[0] if passes[0] > 1 else ''}K"] * bool(passes[0]) + [
-        str(passes[1])
-    ] * bool(passes[1])
-    cost = " + ".join(passes) + " backward"
-    forward = evaluations + views.count("inner")
-    if forward:
-        cost += f", {forward} forward"
+    counts = []
+    for size in (2, 3):
+        views, evaluations = calls(method, size)
+        per_task = sum(view in ("gramian", "stack") for view in views)
+        backward = size * per_task + views.count("pull")
+        counts.append((backward, evaluations + views.count("inner")))
+    backward, forward = (_in_terms_of_tasks(*pair) for pair in zip(*counts))
+    cost = f"{backward} backward" + (f", {forward} forward" if forward else "")
+    if method.held_out:
+        cost += f", {method.held_out} on held-out data"
     return cost + (", K gradients in memory" if "stack" in views else "")
+
+
+def _in_terms_of_tasks(of_two, of_three):
+    """What grows linearly with the number of tasks K, from its values at two and three."""
+    per_task, fixed = of_three - of_two, 3 * of_two - 2 * of_three
+    terms = [f"{per_task if per_task > 1 else ''}K"] * bool(per_task)
+    return " + ".join(terms + [str(fixed)] * bool(fixed))
 
 
 def _extra(method):
     needs = ["`losses`"] if method.losses else []
-    needs += ["`losses_fn`", "`params`"] if method.evaluations else []
+    if method.resampled:
+        needs.append(f"{method.resampled} `resampled`")
+    needs += ["`losses_fn`"] * bool(method.evaluations)
+    needs += ["`validation_losses_fn`"] * bool(method.held_out)
+    needs += ["`params`"] * bool(method.evaluations or method.held_out)
     return ", ".join(needs) or "none"
 
 
