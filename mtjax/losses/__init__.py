@@ -1,5 +1,6 @@
 """Task losses that optax does not have."""
 
+from mtjax.losses.contrastive import contrastive_loss
 from mtjax.losses.masked import masked_mean
 
-__all__ = ["masked_mean"]
+__all__ = ["contrastive_loss", "masked_mean"]
