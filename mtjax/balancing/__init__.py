@@ -10,18 +10,25 @@ from mtjax.balancing.cr_mogm import CRMOGMState, cr_mogm
 from mtjax.balancing.db_mtl import DBMTLState, db_mtl
 from mtjax.balancing.dwa import DWAState, dwa
 from mtjax.balancing.equal import equal
+from mtjax.balancing.excess_mtl import ExcessMTLState, excess_mtl
 from mtjax.balancing.famo import FAMOState, famo
 from mtjax.balancing.gls import gls
+from mtjax.balancing.go4align import GO4AlignState, go4align
+from mtjax.balancing.grad_norm_weights import grad_norm_weights
 from mtjax.balancing.graddrop import GradDropState, graddrop
+from mtjax.balancing.gradnorm import GradNormState, gradnorm
 from mtjax.balancing.gradvac import GradVacState, gradvac
 from mtjax.balancing.imtl import imtl
 from mtjax.balancing.imtl_g import imtl_g
 from mtjax.balancing.imtl_l import IMTLLState, imtl_l
+from mtjax.balancing.inverse_shares import InverseSharesState
 from mtjax.balancing.krum import krum
+from mtjax.balancing.metabalance import MetaBalanceState, metabalance
 from mtjax.balancing.mgda import mgda
 from mtjax.balancing.moco import MoCoState, moco
 from mtjax.balancing.modo import MoDoState, modo
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
+from mtjax.balancing.ntk_weights import ntk_traces, ntk_weights
 from mtjax.balancing.pbi import pbi
 from mtjax.balancing.pcgrad import PCGradState, pcgrad
 from mtjax.balancing.rlw import RLWState, rlw
@@ -38,10 +45,15 @@ __all__ = [
     "CRMOGMState",
     "DBMTLState",
     "DWAState",
+    "ExcessMTLState",
     "FAMOState",
+    "GO4AlignState",
     "GradDropState",
+    "GradNormState",
     "GradVacState",
     "IMTLLState",
+    "InverseSharesState",
+    "MetaBalanceState",
     "MoCoState",
     "MoDoState",
     "NashMTLState",
@@ -61,9 +73,13 @@ __all__ = [
     "db_mtl",
     "dwa",
     "equal",
+    "excess_mtl",
     "famo",
     "gls",
+    "go4align",
+    "grad_norm_weights",
     "graddrop",
+    "gradnorm",
     "gradvac",
     "gramian_balancer",
     "imtl",
@@ -71,10 +87,13 @@ __all__ = [
     "imtl_l",
     "krum",
     "loss_weighting",
+    "metabalance",
     "mgda",
     "moco",
     "modo",
     "nash_mtl",
+    "ntk_traces",
+    "ntk_weights",
     "pbi",
     "pcgrad",
     "rlw",

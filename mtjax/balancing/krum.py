@@ -31,9 +31,9 @@ def krum(
     Example:
       >>> import jax.numpy as jnp
       >>> tx = krum(n_byzantine=1, n_selected=2)
-      >>> grads = jnp.array([[1.0, 0.0], [3.0, 0.0], [2.0, 1.0], [-90.0, 9.0]])
+      >>> grads = jnp.array([[1.0, 0.0], [2.0, 0.0], [2.0, 2.0], [-90.0, 9.0]])
       >>> print(tx.update(grads, tx.init(None))[0])
-      [1.5 0.5]
+      [1.5 0. ]
 
     References:
       Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent, 2017,

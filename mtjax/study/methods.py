@@ -63,6 +63,7 @@ METHODS: dict[str, Method] = {
     ),
     "krum": _method(balancing.krum, "Gramian", lambda k, n: balancing.krum()),
     "moco": _method(balancing.moco, "gradients", lambda k, n: balancing.moco(k)),
+    "imtl": _method(balancing.imtl, "Gramian", lambda k, n: balancing.imtl(k)),
     "graddrop": _method(
         balancing.graddrop, "gradients", lambda k, n: balancing.graddrop()
     ),

@@ -1,12 +1,9 @@
-"""A loss weighting in front of any other balancer."""
+"""A weighting in front of any other balancer."""
 
-from typing import Any
-
-import jax.numpy as jnp
 import optax
 
 from mtjax.balancing.balancer import balancer
-from mtjax.gradients import TaskGradients
+from mtjax.balancing.weights_of import weights_of
 
 
 def scale_by_weighting(
@@ -19,7 +16,9 @@ def scale_by_weighting(
 
     Args:
       weighting: a balancer whose weights depend on the losses alone, such as
-        `mtjax.uw`, `mtjax.dwa`, `mtjax.famo` (without `optimizer`), `mtjax.constant`.
+        `mtjax.uw`, `mtjax.dwa`, `mtjax.famo` (without `optimizer`), `mtjax.constant`,
+        or on the Gramian, such as `mtjax.nash_mtl`: its weights then apply to
+        task-specific parameters too.
 
     Returns:
       A transform from task gradients to task gradients.
@@ -34,17 +33,7 @@ def scale_by_weighting(
     """
 
     def update(grads, state, step):
-        # Of a Jacobian that is the identity, the weighted sum is the weights.
-        jacobian = jnp.eye(len(grads.tasks))
-        identity: Any = TaskGradients.from_stacked(jacobian, grads.tasks)
-        weights, state = weighting.update(
-            identity,
-            state,
-            None,
-            losses=step.losses,
-            present=step.present,
-            key=step.key,
-        )
+        weights, state = weights_of(weighting, grads, state, step)
         return grads.scale(weights), state
 
     return balancer("scale_by_weighting", weighting.init, update)
