@@ -33,12 +33,13 @@ def reaching_inputs(jaxpr: Jaxpr, inputs: Sequence[InputSet]) -> list[InputSet]:
 def _through(eqn, inputs: list[InputSet]) -> list[InputSet]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _through_scan(eqn, _open(params["jaxpr"]), inputs)
+        body = _open(params["jaxpr"])
+        return settle(body, inputs, slice(*scan_parts(eqn, body)))
     if name == "while":
         # The condition only decides when to stop.
         inputs = inputs[params["cond_nconsts"] :]
         carry = slice(params["body_nconsts"], len(inputs))
-        return _repeat(_open(params["body_jaxpr"]), inputs, carry)
+        return settle(_open(params["body_jaxpr"]), inputs, carry)
     if name == "cond":
         branches = [reaching_inputs(_open(b), inputs[1:]) for b in params["branches"]]
         return [_union(sets) for sets in zip(*branches)]
@@ -48,18 +49,29 @@ def _through(eqn, inputs: list[InputSet]) -> list[InputSet]:
     return [_union(inputs)] * len(eqn.outvars)
 
 
-def _through_scan(eqn, body: Jaxpr, inputs: list[InputSet]) -> list[InputSet]:
+def scan_parts(eqn, body: Jaxpr) -> tuple[int, int]:
+    """Where among the inputs of a `scan` its carry begins and ends."""
     # Only what is scanned over loses an axis on its way into the body, and only what
     # is stacked gains one on its way out; how the parameters of the primitive state
     # this differs between versions of JAX.
     scanned = sum(_rank(v) != _rank(b) for v, b in zip(eqn.invars, body.invars))
     carried = sum(_rank(v) == _rank(b) for v, b in zip(eqn.outvars, body.outvars))
-    stop = len(inputs) - scanned
-    return _repeat(body, inputs, slice(stop - carried, stop))
+    stop = len(eqn.invars) - scanned
+    return stop - carried, stop
 
 
-def _repeat(body: Jaxpr, inputs: list[InputSet], carry: slice) -> list[InputSet]:
-    """Repeats the body until what reaches the carry no longer grows."""
+def settle(body: Jaxpr, inputs: list[InputSet], carry: slice) -> list[InputSet]:
+    """Repeats the body of a loop until what reaches its carry no longer grows.
+
+    Args:
+      body: maps constants, carry and further inputs to the carry and further outputs.
+      inputs: for each input the set that it stands for.
+      carry: which inputs are the carry.
+
+    Returns:
+      One set per output.
+    """
+    inputs = list(inputs)
     while True:
         outputs = reaching_inputs(body, inputs)
         grown = [old | new for old, new in zip(inputs[carry], outputs)]

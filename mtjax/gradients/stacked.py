@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtjax.gradients._axis import device_local
-from mtjax.gradients.gramian import gramian_of_rows, gramian_of_tasks
+from mtjax.gradients._rows import Rows
+from mtjax.gradients.gramian import gramian_of_pairs
 from mtjax.gradients.split import ParameterSplit
 from mtjax.gradients.trace import Cotangents
 
@@ -20,8 +21,6 @@ PyTree = Any
 # longer to compile is won back within 50 steps up to here (at 16: 0.8 s and 3 s, at 32:
 # 4 s and 15 s), but it grows faster than the number of tasks.
 _MAX_UNROLLED_ON_CPU = 32
-# From here on one product of stacked gradients beats one pass per pair of tasks.
-_MAX_PAIRED_ON_CPU = 16
 
 
 class StackedEngine:
@@ -93,9 +92,13 @@ class StackedEngine:
         self, pull: Callable[[Cotangents], PyTree]
     ) -> Float[Array, "tasks tasks"]:
         num_tasks = len(self._dtypes)
-        if unroll_pullbacks(num_tasks) and num_tasks <= _MAX_PAIRED_ON_CPU:
-            return gramian_of_tasks([jax.tree.leaves(g) for g in self._tasks(pull)])
-        return gramian_of_rows(jax.tree.leaves(self._rows(pull)), num_tasks)
+        tasks = tuple(range(num_tasks))
+        if unroll_pullbacks(num_tasks):
+            leaves = zip(*(jax.tree.leaves(g) for g in self._tasks(pull)))
+            rows = [Rows(tasks, list(leaf)) for leaf in leaves]
+        else:
+            rows = [Rows(tasks, leaf) for leaf in jax.tree.leaves(self._rows(pull))]
+        return gramian_of_pairs([(r, r) for r in rows], num_tasks)
 
     def _rows(self, pull: Callable[[Cotangents], PyTree]) -> PyTree:
         """What is pulled back, with a leading task axis."""

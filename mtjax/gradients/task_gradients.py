@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from mtjax.gradients.gramian import gramian_of_rows
+from mtjax.gradients._rows import Rows
+from mtjax.gradients.gramian import gramian_of_pairs
 from mtjax.gradients.split import ParameterSplit, path_name
 
 PyTree = Any
@@ -240,9 +241,10 @@ class _Stacked:
         return self._grads
 
     def gramian(self):
+        tasks = tuple(range(len(self._split.tasks)))
         leaves = zip(jax.tree.leaves(self._grads), jax.tree.leaves(self._split.shared))
-        shared = [g for g, is_shared in leaves if is_shared]
-        return gramian_of_rows(shared, len(self._split.tasks))
+        rows = [Rows(tasks, g) for g, is_shared in leaves if is_shared]
+        return gramian_of_pairs([(r, r) for r in rows], len(tasks))
 
     def inner(self, direction):
         return sum(

@@ -1,18 +1,19 @@
 """From a function of per-task losses to its gradients per task."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
 from mtjax.gradients._axis import device_local
+from mtjax.gradients.ghost import GhostEngine
 from mtjax.gradients.representation import compose, trace_at_representation
 from mtjax.gradients.split import split_of_pullback
 from mtjax.gradients.stacked import StackedEngine
 from mtjax.gradients.task_gradients import TaskGradients
 from mtjax.gradients.trace import LossesFn, check_params, trace_losses
 
-EngineName = Literal["auto", "stacked", "representation"]
+EngineName = Literal["auto", "stacked", "ghost", "representation"]
 
 
 def value_and_task_grads(
@@ -71,9 +72,9 @@ def value_and_task_grads(
       [1. 2.]
     """
     is_pair = isinstance(losses_fn, tuple)
-    if engine not in ("auto", "stacked", "representation"):
+    if engine not in get_args(EngineName):
         raise ValueError(
-            f"`engine` must be 'auto', 'stacked' or 'representation', got {engine!r}."
+            f"`engine` must be one of {get_args(EngineName)}, got {engine!r}."
         )
     if engine == "representation" and not is_pair:
         raise ValueError(
@@ -86,7 +87,7 @@ def value_and_task_grads(
         check_params(params)
         params = device_local(params, axis_name)
         pull_representation = None
-        if is_pair and engine != "stacked":
+        if is_pair and engine in ("auto", "representation"):
             traced, pull_representation = trace_at_representation(
                 losses_fn, params, args, kwargs, has_aux, axis_name
             )
@@ -94,9 +95,9 @@ def value_and_task_grads(
             traced = trace_losses(whole, params, args, kwargs, has_aux, axis_name)
         losses, aux, pullback = traced
         split = split_of_pullback(pullback, losses, params, shared)
+        make = GhostEngine if engine == "ghost" else StackedEngine
         grads = TaskGradients(
-            split,
-            StackedEngine(losses, pullback, split, axis_name, pull_representation),
+            split, make(losses, pullback, split, axis_name, pull_representation)
         )
         if axis_name is not None:
             losses = jax.lax.pmean(losses, axis_name)

@@ -292,8 +292,8 @@ def test_params_that_cannot_be_differentiated(params, error, message):
 
 
 def test_unknown_engine():
-    with pytest.raises(ValueError, match=r"`engine` must be 'auto'.*got 'ghost'"):
-        mtjax.value_and_task_grads(lambda p: {"a": p.sum()}, engine="ghost")
+    with pytest.raises(ValueError, match=r"`engine` must be .*'ghost'.*got 'sparse'"):
+        mtjax.value_and_task_grads(lambda p: {"a": p.sum()}, engine="sparse")
 
 
 def test_representation_engine_of_a_single_function():
