@@ -4,6 +4,7 @@ from mtjax.balancing.aligned_mtl import aligned_mtl
 from mtjax.balancing.balancer import Step, balancer, gramian_balancer
 from mtjax.balancing.cagrad import cagrad
 from mtjax.balancing.config import config
+from mtjax.balancing.conic_grad import conic_grad
 from mtjax.balancing.constant import constant
 from mtjax.balancing.cosmos import cosmos
 from mtjax.balancing.cr_mogm import CRMOGMState, cr_mogm
@@ -67,6 +68,7 @@ __all__ = [
     "balancer",
     "cagrad",
     "config",
+    "conic_grad",
     "constant",
     "cosmos",
     "cr_mogm",

@@ -48,6 +48,20 @@ METHODS: dict[str, Method] = {
     "uw_so": _method(balancing.uw_so, "losses", lambda k, n: balancing.uw_so()),
     "cosmos": _method(balancing.cosmos, "losses", lambda k, n: balancing.cosmos()),
     "pbi": _method(balancing.pbi, "losses", lambda k, n: balancing.pbi()),
+    "go4align": _method(
+        balancing.go4align, "losses", lambda k, n: balancing.go4align(k, min(k, 2))
+    ),
+    "gradnorm": _method(
+        balancing.gradnorm, "Gramian", lambda k, n: balancing.gradnorm(k)
+    ),
+    "grad_norm_weights": _method(
+        balancing.grad_norm_weights,
+        "Gramian",
+        lambda k, n: balancing.grad_norm_weights(k),
+    ),
+    "excess_mtl": _method(
+        balancing.excess_mtl, "gradients", lambda k, n: balancing.excess_mtl(k)
+    ),
     "pcgrad": _method(balancing.pcgrad, "Gramian", lambda k, n: balancing.pcgrad()),
     "mgda": _method(balancing.mgda, "Gramian", lambda k, n: balancing.mgda()),
     "cagrad": _method(balancing.cagrad, "Gramian", lambda k, n: balancing.cagrad()),

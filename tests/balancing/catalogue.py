@@ -381,6 +381,12 @@ METHODS = (
         ("pull", "inner", "pull", "inner", "pull"),
         resampled=2,
     ),
+    Method(
+        "conic_grad()",
+        mtjax.conic_grad,
+        lambda k: mtjax.conic_grad(),
+        claims(),
+    ),
 )
 
 TASKS = tuple("abcdefghijklmnopqrstuvwxyz")
