@@ -31,11 +31,19 @@ def make_train_step(
     state_sharding: Any = None,
     axis_name: str | None = None,
 ) -> StepFn:
-    """Builds ``step(state, batch, present=None) -> (state, metrics)``.
+    """Builds ``step(state, batch, ...) -> (state, metrics)``.
 
-    The step passes ``losses``, ``present``, ``key`` and ``losses_fn`` on to every
-    transform of ``tx``. Tasks that are not ``present`` leave their own parameters and
-    those parameters' moments bit-identical (`mtjax.transforms.freeze_absent`).
+    Besides the state and the batch the step takes, in this order or by name:
+    ``present``, a bool array of shape ``(tasks,)`` in the order of the sorted task
+    names; ``resampled``, a sequence of further batches, drawn independently of the
+    first, for balancers such as `mtjax.modo`; and ``validation``, a batch of held-out
+    data for balancers such as `mtjax.auto_lambda`. Only ``batch`` changes the model
+    state, and only its losses are reported.
+
+    The step passes ``losses``, ``present``, ``key``, ``losses_fn``, ``resampled`` (task
+    gradients) and ``validation_losses_fn`` on to every transform of ``tx``. Tasks that
+    are not ``present`` leave their own parameters and those parameters' moments
+    bit-identical (`mtjax.transforms.freeze_absent`).
 
     Args:
       losses_fn: ``losses_fn(params, batch) -> {task: scalar loss}``, or the pair that
@@ -56,6 +64,7 @@ def make_train_step(
         Memory of activations shrinks; model state passes from one micro-batch to the
         next; ``aux`` gets a leading micro-batch axis. Losses that are means over a
         varying number of labelled examples weigh micro-batches, not examples, alike.
+        Further batches and held-out data are divided in the same way.
       skip_not_finite: if the loss of a present task or any update is not finite, keep
         ``params``, ``opt_state`` and ``model_state`` and count the step in ``skipped``.
       shared: see `mtjax.value_and_task_grads`.
@@ -64,20 +73,20 @@ def make_train_step(
       state_sharding: a `TrainState` of shardings that the new state keeps, such as
         `fully_sharded` gives; by default the compiler decides.
       axis_name: call the step inside ``jax.shard_map`` over this axis, with the state
-        replicated and the batch split. Per-task gradients, losses and the floating
+        replicated and all batches split. Per-task gradients, losses and the floating
         parts of the model state are averaged over devices, ``key`` differs between
         devices, ``aux`` stays what each device computed. The step is then not jitted:
         jit the mapped function.
 
     Returns:
-      The step. ``present`` is a bool array of shape ``(tasks,)`` in the order of the
-      sorted task names. ``metrics`` holds ``losses`` (per task, before the update),
+      The step. ``metrics`` holds ``losses`` (per task, before the update),
       ``update_norm`` (global norm of what was added to the parameters, 0 if skipped),
       ``skipped`` (the count so far) and, with ``has_aux``, ``aux``.
 
     Raises:
-      ValueError: if ``accumulate`` is less than 1, if the batch cannot be divided by
-        it, or if it is combined with a pair of functions.
+      ValueError: if ``accumulate`` is less than 1, if a batch cannot be divided by it,
+        or if it is combined with a pair of functions.
+      TypeError: if ``resampled`` is one batch instead of a sequence of batches.
 
     Example:
       >>> import mtjax
@@ -114,7 +123,12 @@ def make_train_step(
     # optax types gradients as trees of arrays, which `TaskGradients` is not.
     update: Any = freeze_absent(optax.with_extra_args_support(tx)).update
 
-    def step(state, batch, present=None):
+    def step(state, batch, present=None, resampled=(), validation=None):
+        if not isinstance(resampled, tuple | list):
+            raise TypeError(
+                "`resampled` must be a sequence of batches, got "
+                f"{type(resampled).__name__}; pass `[batch]` for a single one."
+            )
         loss_key, balancer_key = jax.random.split(
             jax.random.fold_in(state.key, state.step)
         )
@@ -126,10 +140,18 @@ def make_train_step(
         if with_key:
             inputs["key"] = loss_key
 
-        def losses_of(params):
-            found = _evaluate(objective, params, batch, inputs)
-            losses = unpack(found, **returns)[0]
-            return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
+        def redrawn(use):
+            if not with_key:
+                return inputs
+            return inputs | {"key": jax.random.fold_in(loss_key, use)}
+
+        def losses_on(batch, inputs):
+            def losses_of(params):
+                found = _evaluate(objective, params, batch, inputs)
+                losses = unpack(found, **returns)[0]
+                return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
+
+            return losses_of
 
         found, grads = grad_fn(state.params, batch, **inputs)
         losses, model_state, aux = unpack(found, **returns)
@@ -144,7 +166,14 @@ def make_train_step(
             losses=losses,
             present=present,
             key=balancer_key,
-            losses_fn=losses_of,
+            losses_fn=losses_on(batch, inputs),
+            validation_losses_fn=(
+                None if validation is None else losses_on(validation, redrawn(0))
+            ),
+            resampled=[
+                grad_fn(state.params, other, **redrawn(use))[1]
+                for use, other in enumerate(resampled, 1)
+            ],
         )
         params = optax.apply_updates(state.params, updates)
         norm, skipped = optax.tree.norm(updates), state.skipped

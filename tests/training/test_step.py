@@ -104,7 +104,14 @@ def test_passes_every_extra_argument_on():
     step = make_train_step(losses_fn, tx)
     step(make_state(tx), make_batch(), jnp.array([True, False, True]))
     (extra,) = seen
-    assert extra.keys() == {"losses", "present", "key", "losses_fn"}
+    assert extra.keys() == {
+        "losses",
+        "present",
+        "key",
+        "losses_fn",
+        "validation_losses_fn",
+        "resampled",
+    }
     assert sorted(extra["losses"]) == ["a", "b", "c"]
 
 
