@@ -6,7 +6,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from mtjax.balancing.balancer import gramian_balancer
-from mtjax.balancing.solvers import RIDGE, cosines, full_precision, shortest_in_hull
+from mtjax.balancing.solvers import RIDGE, full_precision, in_units, shortest_in_hull
 
 # Halvings of a bracket of 70 natural logarithms, down to float32's precision.
 _BISECTIONS = 28
@@ -73,42 +73,44 @@ def conflict_averse_weights(
       The weights: one over the number of tasks, plus those of the correction.
     """
     mean = present / jnp.maximum(jnp.sum(present), 1)
-    matrix, norms, active = cosines(gramian)
+    matrix, norms, active = in_units(gramian)
     # In units of the largest gradient, so that no square overflows.
     norms = jnp.where(active, norms / jnp.max(jnp.where(active, norms, 1e-30)), 1.0)
     gain = matrix @ (mean * norms * active)  # <g_t, g_0> / |g_t|
     square = (mean * norms * active) @ gain  # |g_0|^2
     nonzero = (square > 0) & (c > 0)
     mean_norm = jnp.sqrt(jnp.where(nonzero, square, 1.0))
-    mean_cosines = jnp.clip(gain / mean_norm, -1.0, 1.0)
+    lengths = jnp.sqrt(jnp.diagonal(matrix))
+    mean_cosines = jnp.clip(gain / mean_norm, -lengths, lengths)
 
-    def correction(length, free):
-        """Weights of unit gradients of the g_w that has this length, if any has."""
+    def correction(length, start):
+        """Weights of the g_w that has this length, if any has, and its length."""
         # Of a_t u_t + b_t u_0, which are g_t + length / c u_0 in other units.
         units = c * norms + length
         a, b = c * norms / units, length / units
         mixed = jnp.outer(a * mean_cosines, b)
         shifted = jnp.outer(a, a) * matrix + mixed + mixed.T + jnp.outer(b, b)
-        weights, free = shortest_in_hull(shifted, units, active, free)
+        weights, _ = shortest_in_hull(shifted, units, active, start)
         y = weights * norms
         # The largest entry is taken out of the squares, which might underflow. The
         # ridge keeps the length of a sum that cancels away from zero.
         top = jnp.maximum(jnp.max(y), 1e-30)
         ratios = y / top
         square = jnp.maximum(ratios @ matrix @ ratios, 0.0) + RIDGE * ratios @ ratios
-        return y, top * jnp.sqrt(square), free
+        return weights, top * jnp.sqrt(square)
 
     def halve(_, carry):
-        low, high, free = carry
+        low, high, start = carry
         middle = 0.5 * (low + high)
-        _, length, free = correction(jnp.exp(middle), free)
+        weights, length = correction(jnp.exp(middle), start)
         longer = length > jnp.exp(middle)
-        return jnp.where(longer, middle, low), jnp.where(longer, high, middle), free
+        low, high = jnp.where(longer, middle, low), jnp.where(longer, high, middle)
+        return low, high, weights
 
     shortest = jnp.log(jnp.min(jnp.where(active, norms, 1.0)))
-    carry = (shortest - 12.0, jnp.zeros(()), jnp.zeros_like(active))
-    _, high, free = jax.lax.fori_loop(0, _BISECTIONS, halve, carry)
-    y, length, _ = correction(jnp.exp(high), free)
+    carry = (shortest - 12.0, jnp.zeros(()), jnp.zeros_like(norms))
+    _, high, start = jax.lax.fori_loop(0, _BISECTIONS, halve, carry)
+    weights, length = correction(jnp.exp(high), start)
     stretch = c * mean_norm / jnp.where(length > 0, length, 1.0)
-    y = jnp.where(nonzero & (length > 0), stretch * y, 0.0)
-    return jnp.where(active, mean + y / norms, 0.0)
+    weights = jnp.where(nonzero & (length > 0), stretch * weights, 0.0)
+    return jnp.where(active, mean + weights, 0.0)

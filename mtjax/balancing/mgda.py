@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtjax.balancing.balancer import balancer, check_choice, masked_gramian
-from mtjax.balancing.solvers import cosines, shortest_in_hull
+from mtjax.balancing.solvers import Info, in_units, shortest_in_hull
 
 
 def mgda(
@@ -56,14 +56,16 @@ def mgda(
         if "l2" in normalize:
             squares = jnp.diagonal(gramian)
             scale = scale * jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
-        weights = min_norm_weights(gramian / scale[:, None] / scale[None, :])
+        weights, _ = min_norm_weights(gramian / scale[:, None] / scale[None, :])
         return grads.combine(weights), state
 
     needs = ("losses",) if "loss" in normalize else ()
     return balancer("mgda", lambda params: optax.EmptyState(), update, needs=needs)
 
 
-def min_norm_weights(gramian: Float[Array, "tasks tasks"]) -> Float[Array, " tasks"]:
+def min_norm_weights(
+    gramian: Float[Array, "tasks tasks"],
+) -> tuple[Float[Array, " tasks"], Info]:
     """Weights of the shortest vector in the convex hull of the gradients.
 
     Args:
@@ -71,7 +73,6 @@ def min_norm_weights(gramian: Float[Array, "tasks tasks"]) -> Float[Array, " tas
 
     Returns:
       Weights that are not negative and sum to one, zero on zero gradients; all zero if
-      every gradient is.
+      every gradient is. And how well they solve the problem.
     """
-    matrix, norms, active = cosines(gramian)
-    return shortest_in_hull(matrix, norms, active)[0]
+    return shortest_in_hull(*in_units(gramian))

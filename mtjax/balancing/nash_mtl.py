@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from mtjax.balancing.balancer import balancer, keep_absent, masked_gramian
-from mtjax.balancing.solvers import cosines, full_precision, nash_equilibrium
+from mtjax.balancing.solvers import fair_equilibrium, full_precision, in_units
 
 
 class NashMTLState(NamedTuple):
@@ -72,8 +72,10 @@ def nash_mtl(
         return NashMTLState(jnp.zeros((), jnp.int32), jnp.ones(num_tasks, jnp.float32))
 
     def update(grads, state, step):
-        matrix, norms, active = cosines(masked_gramian(grads, step))
-        solve = lambda: nash_equilibrium(matrix, jnp.where(active, state.shares, 1.0))
+        matrix, units, active = in_units(masked_gramian(grads, step))
+        lengths = jnp.sqrt(jnp.diagonal(matrix))
+        start = jnp.where(active, state.shares, 1.0) / lengths
+        solve = lambda: fair_equilibrium(matrix, start)[0] * lengths
         if update_every == 1:
             shares = solve()
         else:
@@ -84,18 +86,18 @@ def nash_mtl(
         # A Gramian that overflowed must show in the update, not stay in the state.
         kept = active & jnp.isfinite(shares)
         if max_norm is not None:
-            used = used * jnp.minimum(1.0, max_norm / _length(used, matrix))
+            used = used * jnp.minimum(1.0, max_norm / _length(used / lengths, matrix))
         state = NashMTLState(
             step=state.step + 1,
             shares=keep_absent(shares, state.shares, kept),
         )
-        return grads.combine(used / norms), state
+        return grads.combine(used / lengths / units), state
 
     return balancer("nash_mtl", init, update, num_tasks=num_tasks)
 
 
 @full_precision
 def _length(weights, matrix):
-    """Length of a weighted sum of unit gradients, 1 where it is zero."""
+    """Length of a weighted sum of gradients, 1 where it is zero."""
     square = weights @ matrix @ weights
     return jnp.sqrt(jnp.where(square > 0, square, 1.0))

@@ -1,7 +1,9 @@
-"""Small solvers on the Gramian that run on the device, inside `jit`.
+r"""Small solvers on the Gramian that run on the device, inside `jit`.
 
-All work on unit-norm gradients: the `(tasks, tasks)` matrix of cosines has the same
-entries whatever the scale of the losses, so no tolerance depends on it.
+All take the Gramian in units about as long as the gradients, so that no tolerance
+depends on the scale of the losses. The units are powers of two, and residuals are
+summed to more than float32's digits: what is solved is the given Gramian's problem, not
+a rounded one. Every solver returns its solution and an `Info`.
 """
 
 from typing import NamedTuple
@@ -10,180 +12,286 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Added to the diagonal of the cosines: above the rounding error of float32 products,
-# so that linearly dependent gradients do not make a linear system singular.
+from mtjax.balancing.twofold import residual, two_sum
+
+# Added to the diagonal in units of the gradients' lengths: above the rounding error of
+# a float32 Gramian, so that linearly dependent gradients do not make a system singular.
+# It only damps the steps to a solution, which is free of it where there is one.
 RIDGE = 1e-6
+
+# Steps of refinement; each divides the ridge's bias along an eigenvector of eigenvalue
+# v by 1 + v / RIDGE.
+_REFINEMENTS = 4
+
+# Weights of unit gradients beyond which float32 cannot tell a direction that improves
+# all tasks from none.
+_LARGEST_SHARE = 1e3
 
 # Without it GPUs and TPUs would round the inputs of matrix products to fewer bits, by
 # which the solvers lose their way. A decorator of what multiplies matrices.
 full_precision = jax.default_matmul_precision("highest")
 
 
-class Cosines(NamedTuple):
-    """The Gramian in terms of directions and lengths.
+class Info(NamedTuple):
+    """How well a solver did.
 
     Attributes:
-      matrix: `(tasks, tasks)` cosines; rows of the identity for inactive tasks.
-      norms: `(tasks,)` gradient norms; 1 for inactive tasks.
+      kkt_residual: `()` float32, by how much the optimality conditions are violated,
+        relative to the terms in them.
+      iterations: `()` int32, linear systems solved.
+      converged: `()` bool, whether the residual is below 1e-5. It is False where the
+        problem has no solution, as for Nash-MTL at Pareto-stationary points.
+    """
+
+    kkt_residual: Array
+    iterations: Array
+    converged: Array
+
+
+def _info(kkt_residual, iterations):
+    return Info(kkt_residual, iterations, kkt_residual <= 1e-5)
+
+
+class Scaled(NamedTuple):
+    """The Gramian in units of the gradients' lengths.
+
+    Attributes:
+      matrix: `(tasks, tasks)` the Gramian divided by both units; rows of the identity
+        for inactive tasks.
+      units: `(tasks,)` powers of two, so that dividing by them rounds nothing; 1 for
+        inactive tasks.
       active: `(tasks,)` False where the gradient is zero or the task absent.
     """
 
     matrix: Array
-    norms: Array
+    units: Array
     active: Array
 
 
-def cosines(gramian: Float[Array, "tasks tasks"]) -> Cosines:
-    """Splits a Gramian into cosines and norms."""
+def in_units(
+    gramian: Float[Array, "tasks tasks"], ridge: Float[Array, ""] | float = 0.0
+) -> Scaled:
+    """Brings the diagonal of a Gramian, with a ridge added, between one half and two.
+
+    Args:
+      gramian: inner products of the tasks' gradients.
+      ridge: what will be added to its diagonal; not added here.
+
+    Returns:
+      The scaled Gramian.
+    """
     squares = jnp.diagonal(gramian)
     active = squares > 0
-    norms = jnp.sqrt(jnp.where(active, squares, 1.0))
-    matrix = gramian / norms[:, None] / norms[None, :]
+    exponents = jnp.frexp(jnp.where(active, squares + ridge, 1.0))[1] // 2
+    units = jnp.where(active, jnp.ldexp(jnp.ones_like(squares), exponents), 1.0)
     both = active[:, None] & active[None, :]
-    eye = jnp.eye(len(norms), dtype=gramian.dtype)
-    off_diagonal = jnp.where(both, jnp.clip(matrix, -1.0, 1.0), 0.0) * (1.0 - eye)
-    return Cosines(off_diagonal + eye, norms, active)
+    matrix = gramian / units[:, None] / units[None, :]
+    return Scaled(
+        jnp.where(both, matrix, jnp.eye(len(units), dtype=gramian.dtype)), units, active
+    )
 
 
 @full_precision
-def nonnegative_qp(
+def bounded_qp(
     matrix: Float[Array, "tasks tasks"],
     linear: Float[Array, " tasks"],
+    lower: Float[Array, " tasks"],
     allowed: Bool[Array, " tasks"],
-    start: Bool[Array, " tasks"] | None = None,
-) -> tuple[Float[Array, " tasks"], Bool[Array, " tasks"]]:
-    r"""Minimises :math:`\tfrac12 x^\top A x + b^\top x` over :math:`x \ge 0`.
+    start: Float[Array, " tasks"] | None = None,
+    *,
+    ridge: Float[Array, " tasks"] | float = 0.0,
+) -> tuple[Float[Array, " tasks"], Info]:
+    r"""Minimises :math:`\tfrac12 x^\top A x + b^\top x` over :math:`x \ge l`.
 
     An active-set method: exact up to rounding, in about as many steps as there are
-    positive entries, each the solution of one small linear system.
+    entries above their bounds, each the solution of one small linear system.
 
     Args:
-      matrix: :math:`A`, positive semidefinite, with a unit diagonal.
+      matrix: :math:`A` without `ridge`, positive semidefinite, the diagonal about one.
       linear: :math:`b`.
-      allowed: entries that may become positive.
-      start: the entries that are positive at the solution of a similar problem.
+      lower: :math:`l`.
+      allowed: entries that may leave their bound.
+      start: the solution of a similar problem; what is above its bound there is tried
+        first here.
+      ridge: what the problem adds to the diagonal of :math:`A`.
 
     Returns:
-      :math:`x`, and which entries are positive.
+      :math:`x`, and how well it fulfils the optimality conditions relative to the slope
+      at :math:`l`.
 
     References:
       Lawson and Hanson, Solving Least Squares Problems, 1974, algorithm 23.10.
     """
     size = len(linear)
     eye = jnp.eye(size, dtype=matrix.dtype)
+    whole, rest = two_sum(jnp.diagonal(matrix), jnp.broadcast_to(ridge, size))
+    matrix = jnp.where(eye > 0, whole[:, None], matrix)
     ridged = matrix + RIDGE * eye
-    tolerance = 1e-6 * jnp.max(jnp.abs(linear))
+
+    def downhill(x, x_rest):
+        return residual(-linear, matrix, x, x_rest) - rest * x
 
     def solve(free):
         system = jnp.where(free[:, None] & free[None, :], ridged, eye)
-        return jnp.linalg.solve(system, jnp.where(free, -linear, 0.0))
+        inverse = jnp.linalg.inv(system)
+
+        def refine(_, carry):
+            x, x_rest = carry
+            error = jnp.where(free, downhill(x, x_rest), 0.0)
+            return two_sum(x, x_rest + inverse @ error)
+
+        begin = jnp.where(free, 0.0, lower), jnp.zeros_like(lower)
+        x, x_rest = jax.lax.fori_loop(0, _REFINEMENTS, refine, begin)
+        return x, downhill(x, x_rest)
+
+    corner = jnp.abs(downhill(lower, jnp.zeros_like(lower)))
+    scale = jnp.max(corner, where=allowed, initial=0.0)
 
     def step(carry):
-        x, free, _, count = carry
-        target = solve(free)
-        crossing = free & (target <= 0)
+        x, free, _, count, _ = carry
+        target, force = solve(free)
+        crossing = free & (target <= lower)
         # Walk to the target, or to the first bound that is met on the way.
         fraction = jnp.where(
-            crossing, x / jnp.where(crossing, x - target, 1.0), jnp.inf
+            crossing, (x - lower) / jnp.where(crossing, x - target, 1.0), jnp.inf
         )
         fraction = jnp.where(jnp.isnan(fraction), 0.0, fraction)
         blocked = jnp.any(crossing)
         first = jnp.argmin(fraction)
         walked = x + fraction[first] * (target - x)
-        stays = free & (jnp.arange(size) != first) & ~(crossing & (walked <= 0))
+        stays = free & (jnp.arange(size) != first) & ~(crossing & (walked <= lower))
         # At the target: free the entry whose increase lowers the objective most.
-        slope = jnp.where(allowed & ~free, ridged @ target + linear, jnp.inf)
-        best = jnp.argmin(slope)
-        grows = slope[best] < -tolerance
+        missed = jnp.max(jnp.where(free, jnp.abs(force), 0.0))
+        gain = jnp.where(allowed & ~free, force, -jnp.inf)
+        best = jnp.argmax(gain)
+        grows = gain[best] > 2.0 * missed + 1e-8 * scale
         enlarged = free | (grows & (jnp.arange(size) == best))
-        x = jnp.where(blocked, jnp.where(stays, walked, 0.0), target)
+        violation = jnp.maximum(missed, jnp.maximum(gain[best], 0.0))
+        x = jnp.where(blocked, jnp.where(stays, walked, lower), target)
         free = jnp.where(blocked, stays, enlarged)
-        return x, free, ~blocked & ~grows, count + 1
+        return x, free, ~blocked & ~grows, count + 1, violation
 
     def unfinished(carry):
-        _, _, done, count = carry
+        _, _, done, count, _ = carry
         return ~done & (count < 4 * size + 8)
 
-    free = jnp.zeros(size, bool) if start is None else start & allowed
-    carry = (jnp.zeros_like(linear), free, jnp.array(False), jnp.array(0))
-    x, free, _, _ = jax.lax.while_loop(unfinished, step, carry)
-    return jnp.maximum(x, 0.0), free
+    free = jnp.zeros(size, bool) if start is None else allowed & (start > lower)
+    carry = (lower, free, jnp.array(False), jnp.array(0), jnp.array(jnp.inf))
+    x, _, done, count, violation = jax.lax.while_loop(unfinished, step, carry)
+    violation = jnp.where(done, violation, jnp.inf)
+    relative = violation / jnp.where(scale > 0, scale, 1.0)
+    return jnp.maximum(x, lower), _info(relative, count)
 
 
+@full_precision
 def shortest_in_hull(
     matrix: Float[Array, "tasks tasks"],
     units: Float[Array, " tasks"],
     allowed: Bool[Array, " tasks"],
-    start: Bool[Array, " tasks"] | None = None,
-) -> tuple[Float[Array, " tasks"], Bool[Array, " tasks"]]:
+    start: Float[Array, " tasks"] | None = None,
+) -> tuple[Float[Array, " tasks"], Info]:
     """Weights of the shortest vector in the convex hull of some vectors.
 
     Args:
       matrix: inner products of the vectors, each divided by its unit.
       units: positive, about the vectors' lengths.
       allowed: vectors that may have a weight.
-      start: the vectors that have one at the solution of a similar problem.
+      start: the weights of a similar problem.
 
     Returns:
       Weights that are not negative and sum to one (to zero if no vector is allowed),
-      and which are positive.
+      and how much shorter the vector might be relative to the shortest of the vectors.
     """
     # The shortest vector in the hull is, up to its length, the one of least norm whose
     # inner product with every vector is at least one.
     shortest = jnp.min(jnp.where(allowed, units, jnp.inf))
     inverse = jnp.where(allowed, shortest / units, 0.0)
-    x, free = nonnegative_qp(matrix, -inverse, allowed, start)
+    zeros = jnp.zeros_like(units)
+    x, info = bounded_qp(matrix, -inverse, zeros, allowed, start)
     weights = x * inverse
     total = jnp.sum(weights)
-    return weights / jnp.where(total > 0, total, 1.0), free
+    total = jnp.where(total > 0, total, 1.0)
+    shares = x / total
+    products = -residual(zeros, matrix, shares, zeros)
+    missing = jnp.where(allowed, inverse * (shares @ products) - products, 0.0)
+    return weights / total, _info(jnp.max(jnp.maximum(missing, 0.0)), info.iterations)
 
 
 @full_precision
-def nash_equilibrium(
+def fair_equilibrium(
     matrix: Float[Array, "tasks tasks"],
     start: Float[Array, " tasks"],
     *,
+    log_rates: Float[Array, " tasks"] | float = 0.0,
+    power: float = 1.0,
     max_steps: int = 100,
     tolerance: float = 1e-5,
-) -> Float[Array, " tasks"]:
-    r"""Solves :math:`C \beta = 1 / \beta` for :math:`\beta > 0`.
+) -> tuple[Float[Array, " tasks"], Info]:
+    r"""Solves :math:`C \beta = a \beta^{-p}` for :math:`\beta > 0`.
 
-    The damped Newton method on :math:`\tfrac12 \beta^\top C \beta - \sum \log \beta_t`,
-    which is convex and self-concordant: no step leaves the positive orthant.
+    The damped Newton method on the convex function whose slope is the difference of the
+    two sides, for :math:`p = 1` :math:`\tfrac12 \beta^\top C \beta - \sum a_t \log
+    \beta_t`. No step leaves the positive orthant. It stops early where no direction
+    improves all tasks, and there is no solution.
 
     Args:
-      matrix: :math:`C`, positive semidefinite, with a unit diagonal.
-      start: positive starting point, used if it is better than equal entries.
+      matrix: :math:`C`, positive semidefinite, the diagonal about one.
+      start: positive starting point, used if it is better than the solution for
+        orthogonal gradients.
+      log_rates: :math:`\log a`, none above zero.
+      power: :math:`p > 0`; 1 is the Nash bargaining solution.
       max_steps: bound on the Newton steps.
       tolerance: stops when the Newton decrement is below it.
 
     Returns:
-      :math:`\beta`.
+      :math:`\beta`, and how far the ratio of the two sides is from one.
     """
-    ridged = matrix + RIDGE * jnp.eye(len(start), dtype=matrix.dtype)
+    size = len(start)
+    eye = jnp.eye(size, dtype=matrix.dtype)
+    log_rates = jnp.broadcast_to(log_rates, size)
+    zeros = jnp.zeros_like(start)
+    caution = max(1.0, 0.5 * (power + 1.0))
+
+    def pull(beta):
+        return jnp.exp(log_rates - power * jnp.log(beta))
 
     def best_multiple(beta):
         beta = beta / jnp.max(beta)
-        return beta * jnp.sqrt(len(beta) / (beta @ ridged @ beta))
+        square = jnp.maximum(beta @ matrix @ beta, RIDGE * beta @ beta)
+        return beta * (beta @ pull(beta) / square) ** (1.0 / (1.0 + power))
+
+    def potential(beta):
+        log_beta = jnp.log(beta)
+        if power == 1.0:
+            barrier = jnp.exp(log_rates) * log_beta
+        else:
+            barrier = jnp.exp(log_rates + (1.0 - power) * log_beta) / (1.0 - power)
+        return 0.5 * beta @ matrix @ beta - jnp.sum(barrier)
 
     # Newton steps from afar are tiny, and last step's solution may be far away.
-    start, ones = best_multiple(start), best_multiple(jnp.ones_like(start))
-    closer = jnp.sum(jnp.log(start)) > jnp.sum(jnp.log(ones))
-    start = jnp.where(closer, start, ones)
+    start = best_multiple(start)
+    orthogonal = best_multiple(jnp.exp(log_rates / (1.0 + power)))
+    start = jnp.where(potential(start) < potential(orthogonal), start, orthogonal)
 
     def step(carry):
         beta, _, count = carry
-        slope = ridged @ beta - 1.0 / beta
-        # In the variable log(beta) the system has a diagonal of at least one.
-        hessian = ridged * jnp.outer(beta, beta) + jnp.eye(len(beta), dtype=beta.dtype)
-        relative = jnp.linalg.solve(hessian, slope * beta)
-        decrement = jnp.sqrt(jnp.maximum(relative @ (slope * beta), 0.0))
-        damping = jnp.where(decrement < 0.25, 1.0, 1.0 / (1.0 + decrement))
-        return beta * (1.0 - damping * relative), decrement, count + 1
+        force = residual(pull(beta), matrix, beta, zeros)
+        hessian = matrix + jnp.diag(power * pull(beta) / beta)
+        # With a unit diagonal its condition does not suffer from entries of many sizes.
+        unit = 1.0 / jnp.sqrt(jnp.diagonal(hessian))
+        system = hessian * jnp.outer(unit, unit) + RIDGE * eye
+        move = jnp.linalg.solve(system, force * unit)
+        decrement = jnp.sqrt(jnp.maximum(move @ (force * unit), 0.0))
+        relative = move * unit / beta
+        damping = 1.0 / (1.0 + caution * jnp.max(jnp.abs(relative)))
+        return beta * (1.0 + damping * relative), decrement, count + 1
 
     def unfinished(carry):
-        _, decrement, count = carry
-        return (decrement > tolerance) & (count < max_steps)
+        beta, decrement, count = carry
+        inside = jnp.max(beta) < _LARGEST_SHARE
+        return (decrement > tolerance) & (count < max_steps) & inside
 
     carry = (start, jnp.array(jnp.inf, start.dtype), jnp.array(0))
-    return jax.lax.while_loop(unfinished, step, carry)[0]
+    beta, _, count = jax.lax.while_loop(unfinished, step, carry)
+    ratios = residual(pull(beta), matrix, beta, zeros) / pull(beta)
+    return beta, _info(jnp.max(jnp.abs(ratios)), count)

@@ -8,7 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mtjax.balancing.balancer import check_preference, gramian_balancer
-from mtjax.balancing.solvers import full_precision, nonnegative_qp
+from mtjax.balancing.dualproj import project_on_dual_cone
+from mtjax.balancing.solvers import Info
 
 
 def upgrad(
@@ -58,17 +59,16 @@ def upgrad(
         else:
             given = check_preference(preference, len(gramian))
             wanted = jnp.where(step.present, given, 0.0)
-        return projection_weights(gramian, wanted, reg_eps)
+        return projection_weights(gramian, wanted, reg_eps)[0]
 
     return gramian_balancer("upgrad", weigh)
 
 
-@full_precision
 def projection_weights(
     gramian: Float[Array, "tasks tasks"],
     preference: Float[Array, " tasks"],
     reg_eps: float,
-) -> Float[Array, " tasks"]:
+) -> tuple[Float[Array, " tasks"], Info]:
     """Weights of the sum of the preferred gradients, each projected on the dual cone.
 
     Args:
@@ -77,18 +77,15 @@ def projection_weights(
       reg_eps: relative regularisation, see `upgrad`.
 
     Returns:
-      The weights, at least `preference`.
+      The weights, at least `preference`; how well the worst projection is solved, and
+      the most iterations of one.
     """
-    trace = jnp.trace(gramian)
-    active = jnp.diagonal(gramian) > 0
-    matrix = gramian / jnp.where(trace > 0, trace, 1.0)
-    matrix = matrix + reg_eps * jnp.eye(len(gramian), dtype=gramian.dtype)
-    # The solver wants a unit diagonal; the solution does not depend on the units.
-    units = jnp.sqrt(jnp.diagonal(matrix))
-    scaled = matrix / units[:, None] / units[None, :]
-
-    def project(wanted):
-        extra, _ = nonnegative_qp(scaled, scaled @ (wanted * units), active)
-        return wanted + extra / units
-
-    return jnp.sum(jax.vmap(project)(jnp.diag(preference)), axis=0)
+    weights, info = jax.vmap(project_on_dual_cone, in_axes=(None, 0, None))(
+        gramian, jnp.diag(preference), reg_eps
+    )
+    worst = Info(
+        kkt_residual=jnp.max(info.kkt_residual),
+        iterations=jnp.max(info.iterations),
+        converged=jnp.all(info.converged),
+    )
+    return jnp.sum(weights, axis=0), worst

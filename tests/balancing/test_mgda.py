@@ -11,7 +11,8 @@ weigh = jax.jit(min_norm_weights)
 
 
 def solve(grads):
-    weights = np.asarray(weigh(jnp.asarray(matrices.gramian(grads))), np.float64)
+    weights, _ = weigh(jnp.asarray(matrices.gramian(grads)))
+    weights = np.asarray(weights, np.float64)
     return weights, weights @ grads
 
 

@@ -12,7 +12,7 @@ weigh = jax.jit(projection_weights, static_argnums=2)
 
 def solve(grads, reg_eps=1e-4):
     preference = jnp.full(len(grads), 1 / len(grads))
-    weights = weigh(jnp.asarray(matrices.gramian(grads)), preference, reg_eps)
+    weights, _ = weigh(jnp.asarray(matrices.gramian(grads)), preference, reg_eps)
     return np.asarray(weights, np.float64)
 
 
