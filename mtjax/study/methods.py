@@ -78,6 +78,9 @@ METHODS: dict[str, Method] = {
     "krum": _method(balancing.krum, "Gramian", lambda k, n: balancing.krum()),
     "moco": _method(balancing.moco, "gradients", lambda k, n: balancing.moco(k)),
     "imtl": _method(balancing.imtl, "Gramian", lambda k, n: balancing.imtl(k)),
+    "conic_grad": _method(
+        balancing.conic_grad, "Gramian", lambda k, n: balancing.conic_grad()
+    ),
     "graddrop": _method(
         balancing.graddrop, "gradients", lambda k, n: balancing.graddrop()
     ),

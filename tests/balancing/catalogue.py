@@ -385,7 +385,7 @@ METHODS = (
         "conic_grad()",
         mtjax.conic_grad,
         lambda k: mtjax.conic_grad(),
-        claims(),
+        claims(conflict="of two tasks"),
     ),
 )
 

@@ -1,6 +1,7 @@
 """More aggregators in float64, from their definitions, on whole gradients."""
 
 import numpy as np
+from scipy.optimize import minimize
 
 
 def vaccine(grads, orders, rho_bar, beta):
@@ -69,3 +70,33 @@ def krum(grads, n_byzantine, n_selected):
         distances = np.sort(np.sum((grads - g) ** 2, axis=1))[1:]
         scores.append(distances[: len(grads) - n_byzantine - 2].sum())
     return grads[np.argsort(scores)[:n_selected]].mean(axis=0)
+
+
+def best_in_cone(grads, c):
+    """The least improvement of any task along the best unit vector of the cone.
+
+    By duality: the least over weights of the best improvement of the weighted sum.
+    """
+    scale = np.linalg.norm(grads, axis=1).max()
+    grads = grads / scale
+    axis = grads.mean(axis=0) / np.linalg.norm(grads.mean(axis=0))
+    along = grads @ axis
+    rest = grads - np.outer(along, axis)
+    sine = np.sqrt(1 - c**2)
+
+    def reach(weights):
+        a, b = weights @ along, np.linalg.norm(weights @ rest)
+        return np.hypot(a, b) if sine * a >= c * b else c * a + sine * b
+
+    solutions = [
+        minimize(
+            reach,
+            start / start.sum(),
+            bounds=[(0, 1)] * len(grads),
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            method="SLSQP",
+            options={"maxiter": 1000, "ftol": 1e-14},
+        ).fun
+        for start in np.random.default_rng(0).uniform(size=(3, len(grads)))
+    ]
+    return scale * min(solutions)
