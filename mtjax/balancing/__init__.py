@@ -33,6 +33,8 @@ from mtjax.balancing.ntk_weights import ntk_traces, ntk_weights
 from mtjax.balancing.pbi import pbi
 from mtjax.balancing.pcgrad import PCGradState, pcgrad
 from mtjax.balancing.rlw import RLWState, rlw
+from mtjax.balancing.rotations import init_rotations, rotated
+from mtjax.balancing.rotograd import RotoGradState, rotograd
 from mtjax.balancing.scalarisation import loss_weighting, scalarisation
 from mtjax.balancing.scale_invariant import scale_invariant
 from mtjax.balancing.sdmgrad import SDMGradState, sdmgrad
@@ -60,6 +62,7 @@ __all__ = [
     "NashMTLState",
     "PCGradState",
     "RLWState",
+    "RotoGradState",
     "SDMGradState",
     "STCHState",
     "Step",
@@ -87,6 +90,7 @@ __all__ = [
     "imtl",
     "imtl_g",
     "imtl_l",
+    "init_rotations",
     "krum",
     "loss_weighting",
     "metabalance",
@@ -99,6 +103,8 @@ __all__ = [
     "pbi",
     "pcgrad",
     "rlw",
+    "rotated",
+    "rotograd",
     "scalarisation",
     "scale_invariant",
     "sdmgrad",

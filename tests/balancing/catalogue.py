@@ -387,6 +387,12 @@ METHODS = (
         lambda k: mtjax.conic_grad(),
         claims(conflict="of two tasks"),
     ),
+    Method(
+        "rotograd(K)",
+        mtjax.rotograd,
+        lambda k: mtjax.rotograd(k),
+        claims(scale_one="same direction"),
+    ),
 )
 
 TASKS = tuple("abcdefghijklmnopqrstuvwxyz")
