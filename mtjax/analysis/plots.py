@@ -1,4 +1,4 @@
-"""Figures of a comparison of methods: curves, gradient cosines, trade-offs."""
+"""Figures of a comparison of methods: curves, cosines, trade-offs, groups."""
 
 from collections.abc import Mapping, Sequence
 
@@ -122,6 +122,45 @@ def plot_tradeoff(
         )
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _tidy(ax)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def plot_groups(
+    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]],
+) -> Figure:
+    """Draws values side by side in groups, seeds faint and means solid.
+
+    Args:
+      panels: per quantity (a row of panels), per column of panels, per group, per
+        method, the values of the seeds; a group may lack a method.
+
+    Returns:
+      The figure.
+    """
+    columns = list(next(iter(panels.values())))
+    size = (3.8 * len(columns) + 1.0, 2.3 * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), len(columns), squeeze=False)
+    methods = dict.fromkeys(
+        m for r in panels.values() for c in r.values() for g in c.values() for m in g
+    )
+    colors = method_colors(list(methods))
+    for line, (quantity, row) in zip(axes, panels.items()):
+        line[0].set_ylabel(quantity)
+        for ax, (column, groups) in zip(line, row.items()):
+            for i, values in enumerate(groups.values()):
+                for j, method in enumerate(methods):
+                    y, x = values.get(method, ()), i + 0.6 * (j + 0.5) / len(methods)
+                    style = {"color": colors[method], "linewidths": 0}
+                    ax.scatter([x] * len(y), y, alpha=0.3, s=14, **style)
+                    if len(y):
+                        ax.scatter(x, np.mean(y), s=44, **style)
+            ax.set_xticks(np.arange(len(groups)) + 0.3, list(groups))
+            ax.set_title(column if line is axes[0] else "")
+            _tidy(ax)
+    for method in methods:
+        axes[0, 0].scatter([], [], color=colors[method], s=44, label=method)
     figure.legend(loc="outside right center", frameon=False)
     return figure
 

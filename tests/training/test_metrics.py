@@ -24,6 +24,21 @@ def f1_by_counts(labels, predicted):
 
 PREDICTED = (SCORES > 0.5).astype(int)
 PROBABILITIES = 1 / (1 + np.exp(-SCORES))
+BOTH = np.stack([1 - PROBABILITIES, PROBABILITIES], axis=1)
+
+
+def gap_by_bins(labels, probabilities, count=15):
+    total = 0.0
+    confidence = np.maximum(probabilities, 1 - probabilities)
+    correct = (probabilities > 0.5) == labels
+    for i in range(count):
+        inside = (confidence > i / count) & (confidence <= (i + 1) / count)
+        if inside.any():
+            gap = correct[inside].mean() - confidence[inside].mean()
+            total += inside.mean() * abs(gap)
+    return total
+
+
 CASES = [
     (m.ACCURACY, LABELS, PREDICTED, np.mean(LABELS == PREDICTED)),
     (m.F1, LABELS, PREDICTED, f1_by_counts(LABELS, PREDICTED)),
@@ -40,6 +55,10 @@ CASES = [
         PROBABILITIES,
         -np.mean(np.log(np.where(LABELS, PROBABILITIES, 1 - PROBABILITIES))),
     ),
+    (m.BRIER, LABELS, PROBABILITIES, np.mean((PROBABILITIES - LABELS) ** 2)),
+    (m.BRIER, LABELS, BOTH, 2 * np.mean((PROBABILITIES - LABELS) ** 2)),
+    (m.CALIBRATION_ERROR, LABELS, PROBABILITIES, gap_by_bins(LABELS, PROBABILITIES)),
+    (m.CALIBRATION_ERROR, LABELS, BOTH, gap_by_bins(LABELS, PROBABILITIES)),
     (m.RMSE, VALUES, GUESSES, np.sqrt(np.mean((VALUES - GUESSES) ** 2))),
     (m.MAE, VALUES, GUESSES, np.mean(np.abs(VALUES - GUESSES))),
     (m.R2, VALUES, GUESSES, 1 - np.mean((VALUES - GUESSES) ** 2) / VALUES.var()),
@@ -110,3 +129,17 @@ def test_errors():
         m.MAE(np.zeros(2), np.zeros(3))
     with pytest.raises(ValueError, match="without 'b'"):
         m.score({"b": [m.MAE]}, {"a": np.zeros(1)}, {"a": np.zeros(1)})
+
+
+def test_calibration_error_of_sure_predictions():
+    sure = np.eye(4)[np.array([0, 1, 2, 3])]
+    assert m.CALIBRATION_ERROR(np.array([0, 1, 2, 3]), sure) == 0.0
+    assert m.CALIBRATION_ERROR(np.array([0, 1, 3, 2]), sure) == pytest.approx(0.5)
+    assert m.CALIBRATION_ERROR(np.array([1, 2, 3, 0]), np.full((4, 4), 0.25)) == (
+        pytest.approx(0.0)
+    )
+
+
+def test_entropy_of_predictions():
+    assert m.predictive_entropy(np.eye(3)) == 0.0
+    assert m.predictive_entropy(np.full((5, 8), 1 / 8)) == pytest.approx(math.log(8))
