@@ -391,7 +391,7 @@ METHODS = (
         "rotograd(K)",
         mtjax.rotograd,
         lambda k: mtjax.rotograd(k),
-        claims(scale_one="same direction"),
+        claims(conflict="of two tasks", scale_one="same direction"),
     ),
 )
 
