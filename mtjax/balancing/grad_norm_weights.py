@@ -25,8 +25,10 @@ def grad_norm_weights(
 
     Returns:
       A balancer with state. In the steps in between it costs one backward pass; in
-      those in which the weights move, it asks the Gramian for its diagonal alone. A
-      task whose gradient is zero keeps its weight.
+      those in which the weights move, it asks the Gramian for its diagonal alone. (On
+      a CPU, XLA runs convolutions in such a conditional step some hundred times slower;
+      a small `update_every` other than 1 is not for them.) A task whose gradient is
+      zero keeps its weight.
 
     Raises:
       ValueError: if an argument is out of its range.

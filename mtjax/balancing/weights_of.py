@@ -37,7 +37,7 @@ def weights_of(
     return inner.update(
         stand_in,
         state,
-        None,
+        step.params,
         losses=step.losses,
         present=step.present,
         key=step.key,
@@ -59,9 +59,14 @@ class _WeightsOnly:
         return self._grads.gramian()
 
     def stack(self):
+        return self._refuse()
+
+    def inner(self, direction):
+        return self._refuse()
+
+    def _refuse(self) -> Any:
         raise TypeError(
             "The balancer inside `cr_mogm` or `scale_by_weighting` must make do with "
-            "losses and the Gramian; one that works on every element has no weights."
+            "losses and the Gramian; one that works on the gradients themselves has no "
+            "weights."
         )
-
-    inner = stack

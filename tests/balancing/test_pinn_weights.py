@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import mtjax
@@ -110,6 +111,15 @@ def test_absent_tasks_do_not_count_in_the_sum_of_traces():
     present = jnp.array([True, True, False])
     _, state = compiled(tx)(jnp.eye(3), tx.init(None), jnp.zeros(3), present)
     np.testing.assert_allclose(state.weights, [3.0, 1.5, 1.0], rtol=1e-6)
+
+
+def test_ntk_weights_stand_in_front_of_another_balancer():
+    make = lambda: mtjax.ntk_weights(3, lambda p: p**2, momentum=0.0)
+    chain = optax.chain(mtjax.scale_by_weighting(make()), mtjax.equal())
+    params, grads = jnp.array([1.0, 2.0, 3.0]), jnp.ones((3, 3)) - jnp.eye(3)
+    got, _ = chain.update(grads, chain.init(params), params)
+    expected, _ = make().update(grads, make().init(params), params)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def one(params):
