@@ -9,9 +9,11 @@ from mtjax.balancing.constant import constant
 from mtjax.balancing.cosmos import cosmos
 from mtjax.balancing.cr_mogm import CRMOGMState, cr_mogm
 from mtjax.balancing.db_mtl import DBMTLState, db_mtl
+from mtjax.balancing.dualproj import dualproj, project_on_dual_cone
 from mtjax.balancing.dwa import DWAState, dwa
 from mtjax.balancing.equal import equal
 from mtjax.balancing.excess_mtl import ExcessMTLState, excess_mtl
+from mtjax.balancing.fair_grad import FairGradState, fair_grad, fair_weights
 from mtjax.balancing.famo import FAMOState, famo
 from mtjax.balancing.gls import gls
 from mtjax.balancing.go4align import GO4AlignState, go4align
@@ -25,7 +27,7 @@ from mtjax.balancing.imtl_l import IMTLLState, imtl_l
 from mtjax.balancing.inverse_shares import InverseSharesState
 from mtjax.balancing.krum import krum
 from mtjax.balancing.metabalance import MetaBalanceState, metabalance
-from mtjax.balancing.mgda import mgda
+from mtjax.balancing.mgda import mgda, min_norm_weights
 from mtjax.balancing.moco import MoCoState, moco
 from mtjax.balancing.modo import MoDoState, modo
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
@@ -38,9 +40,16 @@ from mtjax.balancing.rotograd import RotoGradState, rotograd
 from mtjax.balancing.scalarisation import loss_weighting, scalarisation
 from mtjax.balancing.scale_invariant import scale_invariant
 from mtjax.balancing.sdmgrad import SDMGradState, sdmgrad
+from mtjax.balancing.solvers import (
+    Info,
+    bounded_qp,
+    fair_equilibrium,
+    in_units,
+    shortest_in_hull,
+)
 from mtjax.balancing.stch import STCHState, stch
 from mtjax.balancing.trimmed_mean import trimmed_mean
-from mtjax.balancing.upgrad import upgrad
+from mtjax.balancing.upgrad import projection_weights, upgrad
 from mtjax.balancing.uw import UWState, uw
 from mtjax.balancing.uw_so import uw_so
 
@@ -50,11 +59,13 @@ __all__ = [
     "DWAState",
     "ExcessMTLState",
     "FAMOState",
+    "FairGradState",
     "GO4AlignState",
     "GradDropState",
     "GradNormState",
     "GradVacState",
     "IMTLLState",
+    "Info",
     "InverseSharesState",
     "MetaBalanceState",
     "MoCoState",
@@ -69,6 +80,7 @@ __all__ = [
     "UWState",
     "aligned_mtl",
     "balancer",
+    "bounded_qp",
     "cagrad",
     "config",
     "conic_grad",
@@ -76,9 +88,13 @@ __all__ = [
     "cosmos",
     "cr_mogm",
     "db_mtl",
+    "dualproj",
     "dwa",
     "equal",
     "excess_mtl",
+    "fair_equilibrium",
+    "fair_grad",
+    "fair_weights",
     "famo",
     "gls",
     "go4align",
@@ -90,11 +106,13 @@ __all__ = [
     "imtl",
     "imtl_g",
     "imtl_l",
+    "in_units",
     "init_rotations",
     "krum",
     "loss_weighting",
     "metabalance",
     "mgda",
+    "min_norm_weights",
     "moco",
     "modo",
     "nash_mtl",
@@ -102,12 +120,15 @@ __all__ = [
     "ntk_weights",
     "pbi",
     "pcgrad",
+    "project_on_dual_cone",
+    "projection_weights",
     "rlw",
     "rotated",
     "rotograd",
     "scalarisation",
     "scale_invariant",
     "sdmgrad",
+    "shortest_in_hull",
     "stch",
     "trimmed_mean",
     "upgrad",

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from mtjax.balancing.balancer import gramian_balancer
 from mtjax.balancing.solvers import RIDGE, full_precision, in_units, shortest_in_hull
+from mtjax.balancing.twofold import residual
 
 # Halvings of a bracket of 70 natural logarithms, down to float32's precision.
 _BISECTIONS = 28
@@ -93,11 +94,13 @@ def conflict_averse_weights(
         weights, _ = shortest_in_hull(shifted, units, active, start)
         y = weights * norms
         # The largest entry is taken out of the squares, which might underflow. The
-        # ridge keeps the length of a sum that cancels away from zero.
+        # length of a sum that cancels is not less than float32 can tell from zero.
         top = jnp.maximum(jnp.max(y), 1e-30)
         ratios = y / top
-        square = jnp.maximum(ratios @ matrix @ ratios, 0.0) + RIDGE * ratios @ ratios
-        return weights, top * jnp.sqrt(square)
+        zeros = jnp.zeros_like(ratios)
+        square = -ratios @ residual(zeros, matrix, ratios, zeros)
+        floor = RIDGE * ratios @ ratios
+        return weights, top * jnp.sqrt(jnp.maximum(square, floor))
 
     def halve(_, carry):
         low, high, start = carry
@@ -108,7 +111,8 @@ def conflict_averse_weights(
         return low, high, weights
 
     shortest = jnp.log(jnp.min(jnp.where(active, norms, 1.0)))
-    carry = (shortest - 12.0, jnp.zeros(()), jnp.zeros_like(norms))
+    # A gradient is up to the root of two of its unit long.
+    carry = (shortest - 12.0, jnp.array(0.5), jnp.zeros_like(norms))
     _, high, start = jax.lax.fori_loop(0, _BISECTIONS, halve, carry)
     weights, length = correction(jnp.exp(high), start)
     stretch = c * mean_norm / jnp.where(length > 0, length, 1.0)

@@ -16,8 +16,8 @@ def dualproj(
     r"""Takes the direction closest to the mean gradient that hurts no task.
 
     :math:`d = \arg\min_d \|d - g_0\|` subject to :math:`\langle d, g_t \rangle \ge 0`
-    for all tasks, where :math:`g_0` is the mean gradient. It is the mean gradient itself
-    if that conflicts with no task. Long gradients prevail, unlike in `upgrad`.
+    for all tasks, where :math:`g_0` is the mean gradient. If it conflicts with no task
+    that is the direction. Long gradients prevail, unlike in `upgrad`.
 
     Args:
       preference: weight of each task in :math:`g_0`, not negative; one over the number

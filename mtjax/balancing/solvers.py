@@ -164,7 +164,7 @@ def bounded_qp(
         missed = jnp.max(jnp.where(free, jnp.abs(force), 0.0))
         gain = jnp.where(allowed & ~free, force, -jnp.inf)
         best = jnp.argmax(gain)
-        grows = gain[best] > 2.0 * missed + 1e-8 * scale
+        grows = gain[best] > missed + 1e-8 * scale
         enlarged = free | (grows & (jnp.arange(size) == best))
         violation = jnp.maximum(missed, jnp.maximum(gain[best], 0.0))
         x = jnp.where(blocked, jnp.where(stays, walked, lower), target)

@@ -69,6 +69,12 @@ METHODS: dict[str, Method] = {
         balancing.nash_mtl, "Gramian", lambda k, n: balancing.nash_mtl(k)
     ),
     "upgrad": _method(balancing.upgrad, "Gramian", lambda k, n: balancing.upgrad()),
+    "dualproj": _method(
+        balancing.dualproj, "Gramian", lambda k, n: balancing.dualproj()
+    ),
+    "fair_grad": _method(
+        balancing.fair_grad, "Gramian", lambda k, n: balancing.fair_grad(k)
+    ),
     "gradvac": _method(balancing.gradvac, "Gramian", lambda k, n: balancing.gradvac(k)),
     "imtl_g": _method(balancing.imtl_g, "Gramian", lambda k, n: balancing.imtl_g()),
     "config": _method(balancing.config, "Gramian", lambda k, n: balancing.config()),

@@ -272,6 +272,28 @@ METHODS = (
         one_task=0.5,
     ),
     Method(
+        "fair_grad(K)",
+        mtjax.fair_grad,
+        lambda k: mtjax.fair_grad(k),
+        claims(
+            conflict="yes", stationary="yes", scale_all="0", scale_one="same update"
+        ),
+        one_task=0.5,
+    ),
+    Method(
+        "fair_grad(K, alpha=2)",
+        mtjax.fair_grad,
+        lambda k: mtjax.fair_grad(k, alpha=2.0),
+        claims(conflict="yes", stationary="yes", scale_all="other"),
+        one_task=0.25 ** (2 / 3),
+    ),
+    Method(
+        "dualproj()",
+        mtjax.dualproj,
+        lambda k: mtjax.dualproj(),
+        claims(conflict="yes", stationary="yes"),
+    ),
+    Method(
         "upgrad()",
         mtjax.upgrad,
         lambda k: mtjax.upgrad(),

@@ -74,15 +74,46 @@ def bargain(grads):
     return np.exp(solution.x) @ units
 
 
-def mean_projection(grads, reg_eps):
-    """UPGrad's weights: every unit vector's dual problem, by least squares."""
-    gramian = grads @ grads.T
-    size = len(grads)
-    matrix = gramian / np.trace(gramian) + reg_eps * np.eye(size)
+def hull_weights(gramian):
+    """MGDA's weights, by least squares as above, on a factor of the Gramian."""
+    lengths = np.sqrt(np.diag(gramian))
+    values, vectors = np.linalg.eigh(gramian / np.outer(lengths, lengths))
+    factor = (vectors * np.sqrt(np.maximum(values, 0.0))).T
+    system = np.vstack([factor, lengths.min() / lengths])
+    target = np.append(np.zeros(len(gramian)), 1.0)
+    weights = nnls(system, target, maxiter=100_000)[0] / lengths
+    return weights / weights.sum()
+
+
+def dual_cone_weights(gramian, wanted, reg_eps):
+    """DualProj's weights: its dual problem, by least squares."""
+    matrix = gramian / np.trace(gramian) + reg_eps * np.eye(len(gramian))
     factor = np.linalg.cholesky(matrix).T
-    wanted = np.eye(size) / size
-    extra = [nnls(factor, -factor @ u, maxiter=10_000)[0] for u in wanted]
-    return (wanted + extra).sum(axis=0)
+    return wanted + nnls(factor, -factor @ wanted, maxiter=100_000)[0]
+
+
+def mean_projection(gramian, reg_eps):
+    """UPGrad's weights: every unit vector's dual problem."""
+    wanted = np.eye(len(gramian)) / len(gramian)
+    return sum(dual_cone_weights(gramian, u, reg_eps) for u in wanted)
+
+
+def fair_weights(gramian, alpha):
+    """FairGrad's weights, in the logarithm of each weight times norm."""
+    gramian = np.asarray(gramian, np.float64)
+    norms = np.sqrt(np.diag(gramian))
+    matrix = gramian / np.outer(norms, norms)
+    # The equation divided by its right side; Newton steps no longer than one.
+    log_rates = (1 / alpha - 1) * np.log(norms)
+    u = log_rates / (1 + 1 / alpha)
+    for _ in range(1000):
+        ratio = np.exp(u / alpha - log_rates)[:, None] * matrix * np.exp(u)
+        slope = ratio.sum(axis=1) - 1.0
+        jacobian = ratio + np.diag((slope + 1.0) / alpha)
+        step = np.linalg.solve(jacobian, -slope)
+        u = u + step / max(1.0, np.abs(step).max())
+    np.testing.assert_allclose(slope, 0.0, atol=1e-8)
+    return np.exp(u) / norms
 
 
 def adam(slope, moments, learning_rate, b1=0.9, b2=0.999, eps=1e-8):

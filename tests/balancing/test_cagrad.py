@@ -54,7 +54,9 @@ def test_no_direction_in_the_ball_is_better(kind, size):
         mixed = mix @ grads / mix.sum()
         bound = mixed @ mean + radius * np.linalg.norm(mixed)
         missing = (bound - grads @ update) / lengths
-        assert np.max(missing) < 1e-4 * np.linalg.norm(mean)
+        # The rounding of the Gramian hides what is 1e-6 of the gradients.
+        rounding = 1e-6 * lengths.mean()
+        assert np.max(missing) < 1e-4 * np.linalg.norm(mean) + rounding
 
 
 @pytest.mark.parametrize("c", [0.5, 2.0])
