@@ -5,11 +5,21 @@ matplotlib.
 """
 
 from mtjax.analysis.conflict import ConflictStatistics, conflict_statistics
+from mtjax.analysis.power_law import (
+    PowerLaw,
+    mean_power_law_alpha,
+    power_law_alpha,
+    power_law_fit,
+)
 from mtjax.analysis.sharpness import Sharpness, task_sharpness
 
 __all__ = [
     "ConflictStatistics",
+    "PowerLaw",
     "Sharpness",
     "conflict_statistics",
+    "mean_power_law_alpha",
+    "power_law_alpha",
+    "power_law_fit",
     "task_sharpness",
 ]

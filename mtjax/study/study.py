@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,8 +22,7 @@ from mtjax.study.setting import Setting
 from mtjax.study.summary import SINGLE, Summary, summarise
 from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
-
-_TIMING_ROUNDS, _TIMING_STEPS = 7, 4
+from mtjax.training.timing import step_milliseconds
 
 
 def run_study(config: Config, out: Path, *, progress: bool = True) -> Summary:
@@ -87,21 +84,13 @@ def _all_runs(problem: Problem, config: Config) -> dict[str, Runs]:
 
 
 def _step_times(all_runs, config, path: Path) -> dict[str, float]:
-    """Median milliseconds of a step of each method, measured in turns in one go."""
+    """Milliseconds of a step of each method, measured in turns in one go."""
     if path.exists():
         return json.loads(path.read_text())
     methods = {name: all_runs[name] for name in config.methods}
-    states = {name: runs.step(runs.fresh_state()) for name, runs in methods.items()}
-    times = {name: [] for name in methods}
-    for _ in range(_TIMING_ROUNDS):
-        for name, runs in methods.items():
-            jax.block_until_ready(states[name].params)
-            start = time.perf_counter()
-            for _ in range(_TIMING_STEPS):
-                states[name] = runs.step(states[name])
-            jax.block_until_ready(states[name].params)
-            times[name].append((time.perf_counter() - start) / _TIMING_STEPS)
-    milliseconds = {name: 1e3 * float(np.median(t)) for name, t in times.items()}
+    milliseconds = step_milliseconds(
+        {name: (runs.step, runs.fresh_state()) for name, runs in methods.items()}
+    )
     write_atomically(path, json.dumps(milliseconds))
     return milliseconds
 

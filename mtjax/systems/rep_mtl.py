@@ -1,4 +1,4 @@
-r"""Rep-MTL: keeps task saliencies distinct and aligns them per sample.
+r"""Rep-MTL: keeps task saliencies distinct, and aligned per sample.
 
 Rep-MTL: Unleashing the Power of Representation-level Task Saliency for Multi-Task
 Learning, 2025. The gradient of a task's loss at the shared representation says what the

@@ -1,7 +1,7 @@
 """Training: state, step, loop, checkpoints, meshes, metrics and loggers."""
 
 from mtjax.training.checkpoint import Checkpoints
-from mtjax.training.comparison import DeltaM, delta_m, mean_rank
+from mtjax.training.comparison import DeltaM, delta_m, mean_rank, seed_table
 from mtjax.training.logging import (
     JsonlLogger,
     Logger,
@@ -38,6 +38,7 @@ from mtjax.training.metrics import (
 from mtjax.training.run_config import ConfigMismatchError
 from mtjax.training.state import TrainState
 from mtjax.training.step import make_train_step
+from mtjax.training.timing import step_milliseconds
 
 __all__ = [
     "ACCURACY",
@@ -74,5 +75,7 @@ __all__ = [
     "predictive_entropy",
     "replicate",
     "score",
+    "seed_table",
     "shard_batch",
+    "step_milliseconds",
 ]

@@ -1,6 +1,6 @@
 r"""One number for many tasks: relative change against a baseline, and mean rank."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,6 +173,49 @@ def mean_rank(table: Mapping[str, Results], directions: Directions) -> dict[str,
         )
         ranks.append(rankdata(np.where(np.isnan(values), np.inf, -sign * values)))
     return dict(zip(table, np.mean(ranks, axis=0).tolist(), strict=True))
+
+
+def seed_table(runs: Mapping[str, Sequence[Mapping[str, float | int]]]) -> str:
+    """Writes numbers of several runs per method as a Markdown table.
+
+    Args:
+      runs: ``{method: [numbers of one seed, ...]}``; a method may lack columns.
+
+    Returns:
+      One line per method and one column per name, in the order of their appearance:
+      the mean over seeds, with the standard deviation (of the sample) if there is more
+      than one.
+
+    Raises:
+      ValueError: if there is no method, or a method without runs.
+
+    Example:
+      >>> runs = {"sum": [{"acc": 90.0}, {"acc": 92.0}], "pcgrad": [{"time": 2.0}]}
+      >>> print(seed_table(runs))
+      | method | acc | time |
+      |---|---|---|
+      | sum | 91 ± 1.4 |  |
+      | pcgrad |  | 2 |
+    """
+    if not runs or not all(runs.values()):
+        raise ValueError(
+            "`runs` must hold at least one run of every method, got "
+            f"{ {name: len(seeds) for name, seeds in runs.items()} }."
+        )
+    columns = list(dict.fromkeys(c for seeds in runs.values() for c in seeds[0]))
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in runs.items():
+        cells = [_spread([x[c] for x in seeds if c in x]) for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float | int]) -> str:
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.4g}"
+    # One seed tells nothing about the spread.
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
 def _sign(direction: str, task: str, metric: str) -> float:

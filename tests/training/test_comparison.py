@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from mtjax.training import delta_m, mean_rank
+from mtjax.training import delta_m, mean_rank, seed_table
 
 BASE = {"seg": {"miou": 40.0, "acc": 80.0}, "depth": {"abs": 0.5}}
 MULTI = {"seg": {"miou": 44.0, "acc": 76.0}, "depth": {"abs": 0.4}}
@@ -98,3 +98,15 @@ def test_mean_rank_errors():
         mean_rank({}, BETTER)
     with pytest.raises(ValueError, match="table"):
         mean_rank({"sum": {"a": {}}}, BETTER)
+
+
+def test_table_of_seeds():
+    runs = {"a": [{"x": 1.0, "y": 3}, {"x": 2.0, "y": 3}], "b": [{"z": 0.123456}]}
+    assert seed_table(runs).splitlines() == [
+        "| method | x | y | z |",
+        "|---|---|---|---|",
+        "| a | 1.5 ± 0.71 | 3 ± 0 |  |",
+        "| b |  |  | 0.1235 |",
+    ]
+    with pytest.raises(ValueError, match=r"`runs` must hold .* got {'a': 0}"):
+        seed_table({"a": []})
