@@ -34,7 +34,8 @@ def weights_of(
     jacobian = jnp.eye(len(grads.tasks))
     split = TaskGradients.from_stacked(jacobian, grads.tasks).split
     stand_in: Any = TaskGradients(split, _WeightsOnly(grads))
-    return inner.update(
+    weights: Any
+    weights, state = inner.update(
         stand_in,
         state,
         step.params,
@@ -42,6 +43,7 @@ def weights_of(
         present=step.present,
         key=step.key,
     )
+    return weights, state
 
 
 class _WeightsOnly:
