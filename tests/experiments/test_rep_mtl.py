@@ -1,4 +1,4 @@
-"""The experiment, interrupted after two steps, goes on and ends with the same numbers."""
+"""Interrupted after two steps, the experiment goes on and ends with the same numbers."""
 
 import importlib.util
 import itertools
