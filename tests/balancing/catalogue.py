@@ -1,235 +1,16 @@
 """Every balancer, with what is claimed of it. The one list that tests run over."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 
 import mtjax
-
-Factory = Callable[..., optax.GradientTransformationExtraArgs]
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """One row.
-
-    Attributes:
-      label: the call, as in the documentation.
-      factory: the function whose docstring describes it.
-      make: the transform for a number of tasks.
-      calls: views of `TaskGradients` per step: pull, Gramian, stack and inner.
-      evaluations: how often it evaluates the losses again.
-      losses: whether it needs `losses`.
-      resampled: how many further batches it needs.
-      held_out: passes over held-out data per step, if it needs any.
-      one_task: what becomes of a single gradient of norm 2.
-      claims: measured properties, see `properties.py`.
-    """
-
-    label: str
-    factory: Factory
-    make: Callable[[int], optax.GradientTransformationExtraArgs]
-    claims: dict[str, str]
-    calls: tuple[str, ...] = ("gramian", "pull")
-    evaluations: int = 0
-    losses: bool = False
-    resampled: int = 0
-    held_out: str = ""
-    one_task: float = 1.0
-
-
-def claims(
-    conflict: str = "no",
-    stationary: str = "no",
-    scale_all: str = "1",
-    scale_one: str = "changes",
-    order: str = "no matter",
-    random: str = "no",
-    own: str = "own gradient",
-    linear: str = "no",
-    span: str = "yes",
-) -> dict[str, str]:
-    return {
-        "conflict": conflict,
-        "stationary": stationary,
-        "scale_all": scale_all,
-        "scale_one": scale_one,
-        "order": order,
-        "random": random,
-        "own": own,
-        "linear": linear,
-        "span": span,
-    }
-
-
-weighted = functools.partial(claims, own="weighted", linear="yes")
+from tests.balancing.loss_weightings import LOSS_WEIGHTINGS
+from tests.balancing.method import Method, claims
 
 METHODS = (
-    Method(
-        "equal()",
-        mtjax.equal,
-        lambda k: mtjax.equal(),
-        claims(linear="yes"),
-        ("pull",),
-    ),
-    Method(
-        'equal(reduction="mean")',
-        mtjax.equal,
-        lambda k: mtjax.equal(reduction="mean"),
-        weighted(),
-        ("pull",),
-    ),
-    Method(
-        "constant([0.5, 1, …])",
-        mtjax.constant,
-        lambda k: mtjax.constant([0.5 * (i + 1) for i in range(k)]),
-        weighted(order="matters"),
-        ("pull",),
-        one_task=0.5,
-    ),
-    Method(
-        "uw(K)",
-        mtjax.uw,
-        lambda k: mtjax.uw(k, optimizer=optax.adam(0.1)),
-        weighted(scale_all="other"),
-        ("pull",),
-        losses=True,
-        one_task=0.5,
-    ),
-    Method(
-        "dwa(K, n)",
-        mtjax.dwa,
-        lambda k: mtjax.dwa(k, 1),
-        weighted(),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "famo(K)",
-        mtjax.famo,
-        lambda k: mtjax.famo(k),
-        weighted(scale_one="same direction"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "famo(K, optimizer=…)",
-        mtjax.famo,
-        lambda k: mtjax.famo(k, optimizer=optax.identity()),
-        weighted(scale_one="same direction"),
-        ("pull",),
-        evaluations=1,
-        losses=True,
-    ),
-    Method(
-        "scale_invariant()",
-        mtjax.scale_invariant,
-        lambda k: mtjax.scale_invariant(),
-        weighted(scale_all="0", scale_one="same update"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "gls()",
-        mtjax.gls,
-        lambda k: mtjax.gls(),
-        weighted(scale_one="same direction"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "rlw()",
-        mtjax.rlw,
-        lambda k: mtjax.rlw(),
-        weighted(order="matters", random="yes"),
-        ("pull",),
-    ),
-    Method(
-        "imtl_l(K)",
-        mtjax.imtl_l,
-        lambda k: mtjax.imtl_l(k, optimizer=optax.adam(0.1)),
-        weighted(scale_all="other"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "stch(K, warmup_steps=n)",
-        mtjax.stch,
-        lambda k: mtjax.stch(k, warmup_steps=1),
-        weighted(scale_all="0", scale_one="same update"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "uw_so()",
-        mtjax.uw_so,
-        lambda k: mtjax.uw_so(),
-        weighted(scale_all="other"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "cosmos()",
-        mtjax.cosmos,
-        lambda k: mtjax.cosmos(),
-        weighted(scale_all="other"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "pbi()",
-        mtjax.pbi,
-        lambda k: mtjax.pbi(),
-        weighted(),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "gradnorm(K)",
-        mtjax.gradnorm,
-        lambda k: mtjax.gradnorm(k),
-        weighted(),
-        losses=True,
-    ),
-    Method(
-        "metabalance(K, target)",
-        mtjax.metabalance,
-        lambda k: mtjax.metabalance(k, 0),
-        claims(order="matters", span="no"),
-        ("stack",),
-    ),
-    Method(
-        "excess_mtl(K)",
-        mtjax.excess_mtl,
-        lambda k: mtjax.excess_mtl(k),
-        claims(own="weighted"),
-        ("stack",),
-    ),
-    Method(
-        "go4align(K, 2)",
-        mtjax.go4align,
-        lambda k: mtjax.go4align(k, min(k, 2)),
-        weighted(scale_all="other"),
-        ("pull",),
-        losses=True,
-    ),
-    Method(
-        "grad_norm_weights(K, update_every=2)",
-        mtjax.grad_norm_weights,
-        lambda k: mtjax.grad_norm_weights(k, update_every=2),
-        claims(own="weighted"),
-    ),
-    Method(
-        "ntk_weights(K, traces_fn)",
-        mtjax.ntk_weights,
-        lambda k: mtjax.ntk_weights(k, lambda params: jnp.arange(1.0, k + 1)),
-        weighted(order="matters"),
-        ("pull",),
-    ),
+    *LOSS_WEIGHTINGS,
     Method(
         "pcgrad()",
         mtjax.pcgrad,
@@ -414,6 +195,20 @@ METHODS = (
         mtjax.rotograd,
         lambda k: mtjax.rotograd(k),
         claims(conflict="of two tasks", scale_one="same direction"),
+    ),
+    Method(
+        "mtadam(K)",
+        mtjax.mtadam,
+        lambda k: mtjax.mtadam(k),
+        claims(
+            conflict="of two tasks",
+            scale_all="0",
+            scale_one="same update",
+            own="weighted",
+            span="no",
+        ),
+        ("stack",),
+        one_task=0.5,
     ),
 )
 

@@ -8,7 +8,8 @@ import numpy as np
 
 import mtjax
 from tests.balancing import matrices
-from tests.balancing.catalogue import Method, jitted, task_names
+from tests.balancing.catalogue import jitted, task_names
+from tests.balancing.method import Method
 
 # Two tasks, and enough of them that orders and subsets matter.
 SIZES = (2, 6)
