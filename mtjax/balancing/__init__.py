@@ -30,6 +30,7 @@ from mtjax.balancing.metabalance import MetaBalanceState, metabalance
 from mtjax.balancing.mgda import mgda, min_norm_weights
 from mtjax.balancing.moco import MoCoState, moco
 from mtjax.balancing.modo import MoDoState, modo
+from mtjax.balancing.mtadam import MTAdamState, mtadam
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
 from mtjax.balancing.ntk_weights import ntk_traces, ntk_weights
 from mtjax.balancing.pbi import pbi
@@ -67,6 +68,7 @@ __all__ = [
     "IMTLLState",
     "Info",
     "InverseSharesState",
+    "MTAdamState",
     "MetaBalanceState",
     "MoCoState",
     "MoDoState",
@@ -115,6 +117,7 @@ __all__ = [
     "min_norm_weights",
     "moco",
     "modo",
+    "mtadam",
     "nash_mtl",
     "ntk_traces",
     "ntk_weights",
