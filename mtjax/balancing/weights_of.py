@@ -34,8 +34,8 @@ def weights_of(
     jacobian = jnp.eye(len(grads.tasks))
     split = TaskGradients.from_stacked(jacobian, grads.tasks).split
     stand_in: Any = TaskGradients(split, _WeightsOnly(grads))
-    weights: Any
-    weights, state = inner.update(
+    # Params-shaped for the inner balancer, whose parameters the weights stand for.
+    result: Any = inner.update(
         stand_in,
         state,
         step.params,
@@ -43,7 +43,7 @@ def weights_of(
         present=step.present,
         key=step.key,
     )
-    return weights, state
+    return result
 
 
 class _WeightsOnly:
