@@ -1,6 +1,7 @@
 """Balancers: optax transforms that combine the gradients of several tasks."""
 
 from mtjax.balancing.aligned_mtl import aligned_mtl
+from mtjax.balancing.auto_lambda import AutoLambdaState, auto_lambda
 from mtjax.balancing.balancer import Step, balancer, gramian_balancer
 from mtjax.balancing.cagrad import cagrad
 from mtjax.balancing.config import config
@@ -15,6 +16,7 @@ from mtjax.balancing.equal import equal
 from mtjax.balancing.excess_mtl import ExcessMTLState, excess_mtl
 from mtjax.balancing.fair_grad import FairGradState, fair_grad, fair_weights
 from mtjax.balancing.famo import FAMOState, famo
+from mtjax.balancing.forum import FORUMState, forum
 from mtjax.balancing.gls import gls
 from mtjax.balancing.go4align import GO4AlignState, go4align
 from mtjax.balancing.grad_norm_weights import grad_norm_weights
@@ -30,6 +32,7 @@ from mtjax.balancing.metabalance import MetaBalanceState, metabalance
 from mtjax.balancing.mgda import mgda, min_norm_weights
 from mtjax.balancing.moco import MoCoState, moco
 from mtjax.balancing.modo import MoDoState, modo
+from mtjax.balancing.moml import MOMLState, moml
 from mtjax.balancing.mtadam import MTAdamState, mtadam
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
 from mtjax.balancing.ntk_weights import ntk_traces, ntk_weights
@@ -42,12 +45,6 @@ from mtjax.balancing.scalarisation import loss_weighting, scalarisation
 from mtjax.balancing.scale_invariant import scale_invariant
 from mtjax.balancing.sdmgrad import SDMGradState, sdmgrad
 from mtjax.balancing.solvers import (
-    Info,
-    bounded_qp,
-    fair_equilibrium,
-    in_units,
-    shortest_in_hull,
-)
 from mtjax.balancing.stch import STCHState, stch
 from mtjax.balancing.trimmed_mean import trimmed_mean
 from mtjax.balancing.upgrad import projection_weights, upgrad
@@ -55,11 +52,13 @@ from mtjax.balancing.uw import UWState, uw
 from mtjax.balancing.uw_so import uw_so
 
 __all__ = [
+    "AutoLambdaState",
     "CRMOGMState",
     "DBMTLState",
     "DWAState",
     "ExcessMTLState",
     "FAMOState",
+    "FORUMState",
     "FairGradState",
     "GO4AlignState",
     "GradDropState",
@@ -68,6 +67,7 @@ __all__ = [
     "IMTLLState",
     "Info",
     "InverseSharesState",
+    "MOMLState",
     "MTAdamState",
     "MetaBalanceState",
     "MoCoState",
@@ -81,6 +81,7 @@ __all__ = [
     "Step",
     "UWState",
     "aligned_mtl",
+    "auto_lambda",
     "balancer",
     "bounded_qp",
     "cagrad",
@@ -98,6 +99,7 @@ __all__ = [
     "fair_grad",
     "fair_weights",
     "famo",
+    "forum",
     "gls",
     "go4align",
     "grad_norm_weights",
@@ -117,6 +119,7 @@ __all__ = [
     "min_norm_weights",
     "moco",
     "modo",
+    "moml",
     "mtadam",
     "nash_mtl",
     "ntk_traces",
