@@ -154,7 +154,9 @@ def own(method):
 @measurement
 def linear(method):
     """Whether the update is linear in the gradients, at given losses."""
-    first, second = (matrices.sample(matrices.normal, SIZES[-1], i) for i in (0, 1))
+    first, second = (
+        matrices.sample(matrices.conflicting, SIZES[-1], i) for i in (0, 1)
+    )
     updates = [_run(method, first, last=g) for g in (first, second, first + second)]
     good = np.allclose(updates[0] + updates[1], updates[2], rtol=1e-3, atol=1e-3)
     return "yes" if good else "no"

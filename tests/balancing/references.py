@@ -99,21 +99,19 @@ def mean_projection(gramian, reg_eps):
 
 
 def fair_weights(gramian, alpha):
-    """FairGrad's weights, in the logarithm of each weight times norm."""
+    """FairGrad's weights: the minimum of its convex function of weight times norm."""
     gramian = np.asarray(gramian, np.float64)
     norms = np.sqrt(np.diag(gramian))
     matrix = gramian / np.outer(norms, norms)
-    # The equation divided by its right side; Newton steps no longer than one.
-    log_rates = (1 / alpha - 1) * np.log(norms)
-    u = log_rates / (1 + 1 / alpha)
-    for _ in range(1000):
-        ratio = np.exp(u / alpha - log_rates)[:, None] * matrix * np.exp(u)
-        slope = ratio.sum(axis=1) - 1.0
-        jacobian = ratio + np.diag((slope + 1.0) / alpha)
-        step = np.linalg.solve(jacobian, -slope)
-        u = u + step / max(1.0, np.abs(step).max())
-    np.testing.assert_allclose(slope, 0.0, atol=1e-8)
-    return np.exp(u) / norms
+    rates = norms ** (1 / alpha - 1)
+    beta = rates ** (alpha / (1 + alpha))
+    for _ in range(500):
+        right = rates * beta ** (-1 / alpha)
+        hessian = matrix + np.diag(right / beta / alpha)
+        step = np.linalg.solve(hessian, right - matrix @ beta)
+        beta = beta + step / (1 + (1 + 1 / alpha) * np.abs(step / beta).max())
+    np.testing.assert_allclose(matrix @ beta, right, rtol=1e-8)
+    return beta / norms
 
 
 def adam(slope, moments, learning_rate, b1=0.9, b2=0.999, eps=1e-8):

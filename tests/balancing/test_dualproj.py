@@ -59,10 +59,11 @@ def test_new_task_is_projected_off_the_old_ones():
 
 def test_long_gradients_prevail_unlike_in_upgrad():
     tx, other = mtjax.dualproj(reg_eps=1e-7), mtjax.upgrad(reg_eps=1e-7)
-    grads = jnp.array([[1.0, 0.0], [-100.0, 10.0]])
+    grads = jnp.array([[1.0, 0.0], [-10.0, 10.0]])
     update = tx.update(grads, tx.init(None))[0]
-    np.testing.assert_allclose(update, [0.0, 5.0], atol=1e-2)
-    assert float(other.update(grads, other.init(None))[0][0]) > 0.004
+    np.testing.assert_allclose(update, [0.0, 5.0], atol=1e-3)
+    update = other.update(grads, other.init(None))[0]
+    np.testing.assert_allclose(update, [0.25, 5.25], atol=1e-3)
 
 
 def test_preference_of_an_absent_task_is_left_out():
