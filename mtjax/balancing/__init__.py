@@ -44,7 +44,7 @@ from mtjax.balancing.rotograd import RotoGradState, rotograd
 from mtjax.balancing.scalarisation import loss_weighting, scalarisation
 from mtjax.balancing.scale_invariant import scale_invariant
 from mtjax.balancing.sdmgrad import SDMGradState, sdmgrad
-from mtjax.balancing.solvers import (
+from mtjax.balancing.solvers import Info, bounded_qp, fair_equilibrium, in_units
 from mtjax.balancing.stch import STCHState, stch
 from mtjax.balancing.trimmed_mean import trimmed_mean
 from mtjax.balancing.upgrad import projection_weights, upgrad
@@ -134,7 +134,6 @@ __all__ = [
     "scalarisation",
     "scale_invariant",
     "sdmgrad",
-    "shortest_in_hull",
     "stch",
     "trimmed_mean",
     "upgrad",
