@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 import mtjax
 from tests.balancing.loss_weightings import LOSS_WEIGHTINGS
-from tests.balancing.method import Method, claims
+from tests.balancing.method import Method, claims, weighted
 
 METHODS = (
     *LOSS_WEIGHTINGS,
@@ -194,7 +194,7 @@ METHODS = (
         "auto_lambda(K)",
         mtjax.auto_lambda,
         lambda k: mtjax.auto_lambda(k),
-        claims(own="weighted", linear="yes"),
+        weighted(),
         ("pull", "inner", "pull"),
         held_out="1 backward",
         one_task=0.1001,
@@ -203,7 +203,7 @@ METHODS = (
         "moml(K)",
         mtjax.moml,
         lambda k: mtjax.moml(k),
-        claims(own="weighted", linear="yes"),
+        weighted(),
         ("pull", "inner", "inner", "pull"),
         held_out="K backward",
     ),
