@@ -6,10 +6,10 @@ the two regularisers and with both, beside one model per task; all of them train
 logarithms of losses, as the paper does.
 
 Command:  python experiments/rep_mtl.py paper
-          (`--data mixed --data-dir DATA` has clothes on the right, after `mtjax data
-          prepare fashion_mnist/five_classes --from FOLDER --data-dir DATA`)
+          (clothes need `--data-dir`, see docs/systems/rep_mtl.md)
 Machine:  two CPU cores.    Minutes: 15.
-Expect:   see docs/systems/rep_mtl.md.
+Expect:   both regularisers do what they say, EW alone is best: Δp -6 % (EW), -18 (TSR),
+          -22 (CSA), -28 (both).
 """
 
 import functools
@@ -35,7 +35,6 @@ from mtjax.analysis.plots import plot_curves
 from mtjax.data import image_pairs, load_images, mnist_subset
 from mtjax.systems import rep_mtl
 from mtjax.training import ACCURACY, MAE, TrainState
-from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
 
 METRICS = {"left": ACCURACY, "right": ACCURACY, "paint": MAE}
@@ -43,6 +42,7 @@ METRICS = {"left": ACCURACY, "right": ACCURACY, "paint": MAE}
 VARIANTS = {"EW": (0, 0), "TSR": (1, 0), "CSA": (0, 1), "TSR+CSA": (1, 1)}
 CURVES = {
     "left/accuracy": "test accuracy",
+    "paint/mae": "test error per pixel",
     "saliency/entropy": "entropy over tasks, nats",
     "saliency/cosine_gap": "positive minus negative cosine",
 }
@@ -68,7 +68,7 @@ class Config:
 
 
 Options = tyro.conf.OmitArgPrefixes[Config]
-QUICK = Config(seeds=1, train_size=500, test_size=200, steps=20, eval_every=10)
+QUICK = Config(variants=("EW", "TSR+CSA"), seeds=1, train_size=500, steps=20)
 
 
 class Heads(nn.Module):
@@ -211,9 +211,9 @@ def main(config: Config, out: Path) -> dict[str, list]:
         {v: (take(methods[v]), methods[v].fresh_state(0)) for v in config.variants}
     )
     compare(results, times)
-    write_atomically(out / "results.json", json.dumps(results))
+    (out / "results.json").write_text(json.dumps(results))
     last = {name: [run[-1] for run in runs] for name, runs in results.items()}
-    write_atomically(out / "table.md", training.seed_table(last))
+    (out / "table.md").write_text(training.seed_table(last), encoding="utf-8")
     of = lambda v, key: np.array([[row[key] for row in run] for run in results[v]])
     curves = {key: {v: of(v, key) for v in times} for key in CURVES}
     steps = of(config.variants[0], "step")[0]
@@ -232,7 +232,8 @@ def compare(results: dict[str, list], times: dict[str, float]) -> None:
             own = of(lambda t, last=last: last[key(t)])
             change = training.delta_m(own, alone, better, baseline_name="alone")
             last["Δp, %"] = change.value
-            last["step time"] = time / next(iter(times.values()))
+        # Measured once, not per seed.
+        results[name][0][-1]["step time"] = time / next(iter(times.values()))
 
 
 def quick(config: Options = QUICK, out: Path = Path("runs/rep_mtl_quick")) -> None:

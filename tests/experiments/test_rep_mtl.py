@@ -1,4 +1,4 @@
-"""Interrupted after two steps, the experiment goes on and ends with the same numbers."""
+"""The experiment, interrupted after two steps, goes on with the same numbers."""
 
 import importlib.util
 import itertools
