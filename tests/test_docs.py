@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     *ROOT.glob("README.md"),
     *sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("docs/guide/*.md")]),
+    *sorted(ROOT.glob("docs/systems/*.md")),
 ]
 # A block of Python and, if one follows at once, the block of what it prints.
 BLOCK = re.compile(
