@@ -146,9 +146,11 @@ def plot_groups(
         m for r in panels.values() for c in r.values() for g in c.values() for m in g
     )
     colors = method_colors(list(methods))
+    for ax, column in zip(axes[0], columns):
+        ax.set_title(column)
     for line, (quantity, row) in zip(axes, panels.items()):
         line[0].set_ylabel(quantity)
-        for ax, (column, groups) in zip(line, row.items()):
+        for ax, groups in zip(line, row.values()):
             for i, values in enumerate(groups.values()):
                 for j, method in enumerate(methods):
                     y, x = values.get(method, ()), i + 0.6 * (j + 0.5) / len(methods)
@@ -157,7 +159,6 @@ def plot_groups(
                     if len(y):
                         ax.scatter(x, np.mean(y), s=44, **style)
             ax.set_xticks(np.arange(len(groups)) + 0.3, list(groups))
-            ax.set_title(column if line is axes[0] else "")
             _tidy(ax)
     for method in methods:
         axes[0, 0].scatter([], [], color=colors[method], s=44, label=method)
