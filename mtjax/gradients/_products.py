@@ -133,25 +133,30 @@ class Product:
             total = total.map(move)
         return total
 
-    def is_better_kept(self, num_tasks: int) -> bool:
-        """Whether inner products take fewer operations in this form."""
-        direct = kept = 0
+    def operations(self, num_tasks: int, devices: int = 1) -> tuple[int, int]:
+        """Multiplications that inner products take, by the gradients and in this form.
+
+        Args:
+          num_tasks: number of tasks.
+          devices: number of devices that hold as many examples each.
+        """
         pairs = num_tasks * (num_tasks + 1) // 2
+        b, _, p, q = self.terms[0].sizes
+        direct, kept = pairs * b * p * q, 0
         for i, term in enumerate(self.terms):
             b, n, p, q = term.sizes
             direct += num_tasks * (n * q if term.is_lookup else b * n * p * q)
             kept += pairs * b * n * q
             for j, other in enumerate(self.terms[: i + 1]):
-                both = b * n * other.sizes[1]
-                if _is_compacted(term) and i == j:
+                both = b * n * other.sizes[1] * devices
+                if i == j and devices == 1 and _is_compacted(term):
                     kept += num_tasks * n * q
                 elif _same_side(term, other):
                     once = both * (1 if term.is_lookup or other.is_lookup else p)
                     kept += once + num_tasks * both * q * (1 if i == j else 2)
                 else:
                     kept += num_tasks * both * (p + q) + 2 * pairs * both
-        b, _, p, q = self.terms[0].sizes
-        return kept < direct + pairs * b * p * q
+        return direct, kept
 
     def factors(self, gather: Gather | None) -> list[tuple[Rows, Rows]]:
         """Rows whose inner products, added up, are those of the gradients.

@@ -87,7 +87,7 @@ def cost_report(
       TypeError, ValueError: as `mtjax.value_and_task_grads`.
     """
     is_pair = isinstance(losses_fn, tuple)
-    engines = ["stacked", "representation"] if is_pair else ["stacked"]
+    engines = ["stacked", "ghost", *["representation"] * is_pair]
     whole = compose(*losses_fn) if isinstance(losses_fn, tuple) else losses_fn
     parameter_split(whole, params, *args, has_aux=has_aux, **kwargs)
 

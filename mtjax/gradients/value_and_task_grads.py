@@ -36,11 +36,16 @@ def value_and_task_grads(
         (`"encoder/dense_0/kernel"`). None infers it: a leaf is shared if two or more
         losses reach it. A leaf that is declared not shared follows the plain sum of
         the gradients of the tasks that reach it; with a single task nothing is shared.
-      engine: how per-task gradients are computed. "stacked" is exact. "representation"
-        takes the Gramian of the gradients at the shared representation `z` instead of
-        the shared parameters: a different, cheaper method (the -UB variants), not an
-        approximation of the same numbers. "auto" is "representation" for a pair and
-        "stacked" otherwise.
+      engine: how per-task gradients are computed. "stacked" and "ghost" are exact and
+        give the same numbers: the first runs one backward pass per task, the second
+        finds the Gramian without forming any task's weight gradients where that takes
+        fewer operations (layer by layer: dense layers, convolutions, embeddings; few
+        examples and positions, many parameters), and keeps the cotangents of all tasks
+        for the update. "representation" takes the Gramian of the gradients at the
+        shared representation `z` instead of the shared parameters: a different,
+        cheaper method (the -UB variants), not an approximation of the same numbers.
+        "auto" is "representation" for a pair; otherwise "ghost" where it saves a fourth
+        of the operations of weight gradients and "stacked" where it does not.
       has_aux: whether `losses_fn` returns `(losses, aux)`.
       axis_name: inside `shard_map` or `pmap`, the axis over which the batch is split:
         losses and per-task gradients are averaged over it before anything else, so
@@ -95,10 +100,14 @@ def value_and_task_grads(
             traced = trace_losses(whole, params, args, kwargs, has_aux, axis_name)
         losses, aux, pullback = traced
         split = split_of_pullback(pullback, losses, params, shared)
-        make = GhostEngine if engine == "ghost" else StackedEngine
-        grads = TaskGradients(
-            split, make(losses, pullback, split, axis_name, pull_representation)
-        )
+        parts = (losses, pullback, split, axis_name)
+        if pull_representation is not None:
+            chosen = StackedEngine(*parts, pull_representation)
+        elif engine == "stacked":
+            chosen = StackedEngine(*parts)
+        else:
+            chosen = GhostEngine(*parts, always=engine == "ghost")
+        grads = TaskGradients(split, chosen)
         if axis_name is not None:
             losses = jax.lax.pmean(losses, axis_name)
         return ((losses, aux) if has_aux else losses), grads

@@ -38,6 +38,7 @@ def test_rows(flops):
         ("sum of losses", "jax.grad"),
         ("combine", "stacked"),
         ("gramian + combine", "stacked"),
+        ("gramian + combine", "ghost"),
         ("gramian + combine", "representation"),
         ("stack", "stacked"),
     ]
@@ -52,7 +53,8 @@ def test_order_of_the_costs(flops):
     combine = flops["combine", "stacked"]
     gramian = flops["gramian + combine", "stacked"]
     at_z = flops["gramian + combine", "representation"]
-    assert combine < at_z < gramian
+    ghost = flops["gramian + combine", "ghost"]
+    assert combine < at_z < ghost < gramian
     assert combine < flops["stack", "stacked"] < gramian
 
 

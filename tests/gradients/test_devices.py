@@ -32,7 +32,7 @@ def mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-@pytest.fixture(scope="session", params=["stacked", "representation"])
+@pytest.fixture(scope="session", params=["stacked", "ghost", "representation"])
 def engine(request):
     return request.param
 
