@@ -2,11 +2,9 @@
 
 Two tasks name what is in the upper left and in the lower right of a picture, a third
 paints the left image without the other one. Equal weighting (EW) alone, with each of
-the two regularisers and with both, beside one model per task; all of them train
-logarithms of losses, as the paper does.
+the two regularisers and with both, beside one model per task, on logarithms of losses.
 
 Command:  python experiments/rep_mtl.py paper
-          (clothes need `--data-dir`, see docs/systems/rep_mtl.md)
 Machine:  two CPU cores.    Minutes: 15.
 Expect:   entropy falls (TSR), alignment rises (CSA), but EW alone is best here: Δp -6 %
           (EW), -18 (TSR), -22 (CSA), -28 (both).
@@ -16,6 +14,7 @@ import functools
 import itertools
 import json
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,8 +152,10 @@ class Method:
     def train(self, seed: int, folder: Path) -> list[dict[str, float]]:
         """Trains with one seed, or goes on; returns one row per evaluation."""
         config = self.config
-        with training.Checkpoints(folder, config=config, keep=1) as checkpoints:
-            logger = training.JsonlLogger(folder / "metrics.jsonl")
+        with (
+            training.Checkpoints(folder, config=config, keep=1) as checkpoints,
+            closing(training.JsonlLogger(folder / "metrics.jsonl")) as logger,
+        ):
             state, history = training.fit(
                 self.fresh_state(seed),
                 self.step,
@@ -168,10 +169,9 @@ class Method:
                 save_every=config.eval_every,
                 log_every=config.eval_every,
             )
-            logger.close()
         if len(self.tasks) > 1:
-            part = lambda path: re.search("encoder|left|right|paint", path)[0]
-            alphas = mean_power_law_alpha(state.params, part)
+            whose = lambda path: re.search("encoder|left|right|paint", path)[0]
+            alphas = mean_power_law_alpha(state.params, whose)
             history[-1].update({f"exponent/{p}": alpha for p, alpha in alphas.items()})
         return history
 
