@@ -51,9 +51,8 @@ def moml(
 
     Returns:
       A balancer with state. Needs `validation_losses_fn` and `params`, and `losses_fn`
-      for more than one inner step. Costs, with one inner step, two backward passes and
-      one forward pass per task on the batch, and one backward pass per task on held-out
-      data.
+      for more than one inner step. With one inner step it costs two backward passes,
+      a forward pass per task, and a backward pass per task on held-out data.
 
     Raises:
       ValueError: if an argument is out of its range, or what is needed is not passed to
