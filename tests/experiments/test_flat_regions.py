@@ -31,6 +31,7 @@ def killed_after_two_steps(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.slow
 def test_quick_run_goes_on_with_the_same_numbers(tmp_path, killed_after_two_steps):
     config, out = flat_regions.QUICK, tmp_path / "cut"
     with pytest.raises(Killed):
