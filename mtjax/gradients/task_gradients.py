@@ -247,7 +247,7 @@ class _Stacked:
         return gramian_of_pairs([(r, r) for r in rows], len(tasks))
 
     def inner(self, direction):
-        return sum(
+        products = (
             jnp.tensordot(
                 g.astype(jnp.float32),
                 d.astype(jnp.float32),
@@ -256,3 +256,4 @@ class _Stacked:
             )
             for g, d in zip(jax.tree.leaves(self._grads), jax.tree.leaves(direction))
         )
+        return sum(products, start=jnp.zeros(len(self._split.tasks), jnp.float32))
