@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 PyTree = Any
 
@@ -21,3 +23,11 @@ def device_local(tree: PyTree, axis_name: str | None) -> PyTree:
         return jax.lax.pcast(x, axis_name, to="varying")
 
     return jax.tree.map(mark, tree)
+
+
+def zeros_beside(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros that may be added to where `x` differs between devices."""
+    zeros = jnp.zeros(shape, dtype)
+    for axis_name in jax.typeof(x).manual_axis_type.varying:
+        zeros = device_local(zeros, axis_name)
+    return zeros

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from mtjax.gradients._axis import zeros_beside
 from mtjax.gradients._rows import Rows, add, lift
 
 Sizes = tuple[int, int, int, int]
@@ -241,7 +242,7 @@ def _compact(term: Term) -> Rows:
     place = jnp.where(_is_inside(term, indices), place, n)
 
     def add_up(delta):
-        zeros = jnp.zeros(delta.shape[1:], jnp.float32)
+        zeros = zeros_beside(delta, delta.shape[1:], jnp.float32)
         return zeros.at[place].add(delta[0].astype(jnp.float32), mode="drop")
 
     return term.deltas().map(add_up)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtjax.gradients._axis import zeros_beside
 from mtjax.gradients._products import Term
 from mtjax.gradients._rows import Rows
 
@@ -146,7 +147,7 @@ def _scatter_add(eqn, values) -> Term | None:
     clips = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
 
     def carry_out(i, delta):
-        zeros = jnp.zeros(shape, eqn.outvars[0].aval.dtype)
+        zeros = zeros_beside(delta, shape, eqn.outvars[0].aval.dtype)
         return eqn.primitive.bind(zeros, i, delta, **eqn.params)
 
     return Term(

@@ -80,7 +80,7 @@ def test_single_function_with_flags_and_aux():
     report = mtjax.cost_report(
         losses_fn, {"w": jnp.ones((64, 8))}, X, has_aux=True, power=2
     )
-    assert {row.engine for row in report.rows} == {"jax.grad", "stacked"}
+    assert {row.engine for row in report.rows} == {"jax.grad", "stacked", "ghost"}
 
 
 def test_errors_are_those_of_value_and_task_grads():

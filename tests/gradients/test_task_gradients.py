@@ -159,7 +159,7 @@ def test_weights_of_wrong_shape_are_an_error(grads, view, weights):
 
 
 def test_repr_names_tasks_and_engine(grads):
-    assert repr(grads) == "TaskGradients(tasks=('a', 'b', 'c'), engine='stacked')"
+    assert repr(grads) == "TaskGradients(tasks=('a', 'b', 'c'), engine='auto')"
 
 
 @pytest.mark.parametrize(
