@@ -1,5 +1,6 @@
 """Values of a backward pass that differ between tasks, kept side by side."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,11 +23,6 @@ class Rows:
         self.tasks = tasks
         self.values = values
 
-    @property
-    def is_list(self) -> bool:
-        """Whether the arrays lie apart in memory."""
-        return isinstance(self.values, list)
-
     def of(self, task: int) -> Array:
         """One task's array, zeros if it does not reach the value."""
         if task in self.tasks:
@@ -35,19 +31,19 @@ class Rows:
 
     def stack(self, tasks: tuple[int, ...]) -> Array:
         """The arrays of some tasks, with a leading axis."""
-        if tasks == self.tasks and not self.is_list:
+        if tasks == self.tasks and not isinstance(self.values, list):
             return self.values
         return jnp.stack([self.of(task) for task in tasks])
 
     def map(self, function: Callable[[Array], Array]) -> "Rows":
         """Applies a linear function to each task's array."""
-        if self.is_list:
+        if isinstance(self.values, list):
             return Rows(self.tasks, [function(value) for value in self.values])
         return Rows(self.tasks, jax.vmap(function)(self.values))
 
     def combine(self, weights: Float[Array, " tasks"]) -> Array:
         """Weighted sum over the tasks, in the arrays' type."""
-        if not self.is_list:
+        if not isinstance(self.values, list):
             weights = weights[jnp.array(self.tasks)]
             total = jnp.einsum(
                 "k,k...->...",
@@ -56,11 +52,11 @@ class Rows:
                 precision=jax.lax.Precision.HIGHEST,
             )
             return total.astype(self.values.dtype)
-        total = sum(
+        terms = [
             weights[k] * value.astype(jnp.float32)
             for k, value in zip(self.tasks, self.values)
-        )
-        return total.astype(self.values[0].dtype)
+        ]
+        return functools.reduce(jnp.add, terms).astype(self.values[0].dtype)
 
 
 def union(rows: Sequence[Rows]) -> tuple[int, ...]:
@@ -70,7 +66,7 @@ def union(rows: Sequence[Rows]) -> tuple[int, ...]:
 
 def add(first: Rows, second: Rows) -> Rows:
     """The sum, task by task."""
-    if first.tasks == second.tasks and not first.is_list:
+    if first.tasks == second.tasks and not isinstance(first.values, list):
         return Rows(first.tasks, first.values + second.stack(first.tasks))
     tasks = union([first, second])
     terms = [[r.of(k) for r in (first, second) if k in r.tasks] for k in tasks]

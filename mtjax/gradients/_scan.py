@@ -182,7 +182,7 @@ def _turned(tree: Any) -> Any:
     """Swaps the axes of tasks and turns, where tasks are stacked."""
 
     def turn(value):
-        if isinstance(value, Rows) and not value.is_list:
+        if isinstance(value, Rows) and not isinstance(value.values, list):
             return Rows(value.tasks, value.values.swapaxes(0, 1))
         return value
 

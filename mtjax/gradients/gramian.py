@@ -31,7 +31,7 @@ def gramian_of_pairs(
     products: dict[tuple[int, int], list[Array]] = {}
     for left, right in pairs:
         tasks = union([left, right])
-        if left.is_list and len(tasks) <= _MAX_PAIRED:
+        if isinstance(left.values, list) and len(tasks) <= _MAX_PAIRED:
             for i, j in itertools.product(left.tasks, right.tasks):
                 if i >= j:
                     product = _inner(left.of(i), right.of(j))
