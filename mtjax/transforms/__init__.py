@@ -2,20 +2,27 @@
 
 from mtjax.transforms.clip_per_task import clip_per_task
 from mtjax.transforms.freeze_absent import freeze_absent
+from mtjax.transforms.mt_adamw import mt_adamw
+from mtjax.transforms.normalize_by_task_norm import normalize_by_task_norm
 from mtjax.transforms.normalize_per_task import normalize_per_task
 from mtjax.transforms.sam import sam
 from mtjax.transforms.samo import SAMOState, samo
+from mtjax.transforms.scale_by_mt_adam import MTAdamWState, scale_by_mt_adam
 from mtjax.transforms.scale_by_weighting import scale_by_weighting
 from mtjax.transforms.task_sam import TaskSAMState, task_sam
 
 __all__ = [
+    "MTAdamWState",
     "SAMOState",
     "TaskSAMState",
     "clip_per_task",
     "freeze_absent",
+    "mt_adamw",
+    "normalize_by_task_norm",
     "normalize_per_task",
     "sam",
     "samo",
+    "scale_by_mt_adam",
     "scale_by_weighting",
     "task_sam",
 ]
