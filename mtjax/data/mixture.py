@@ -11,9 +11,11 @@ import numpy as np
 
 from mtjax.data.mixture_weights import mixture_weights
 from mtjax.data.sources import Source
+from mtjax.data.task_order import random_task, scheduled_task
 
 Batches = Literal["single_task", "mixed", "per_task"]
 Exhaustion = Literal["repeat", "stop_first", "stop_all", "once"]
+Order = Literal["scheduled", "random"]
 
 
 def mixture(
@@ -26,22 +28,23 @@ def mixture(
     cap: int | None = None,
     exhaustion: Exhaustion = "repeat",
     batches: Batches = "single_task",
+    order: Order = "scheduled",
     drop_remainder: bool = True,
     shuffle: bool = True,
     seed: int = 0,
 ) -> "TaskMixture":
     """Mixes the sources of several tasks into one stream of batches.
 
-    Which task comes next is not drawn at random but scheduled: after any number of
-    draws, every task has had its share up to a fraction of one draw per task, and
+    Which task comes next is scheduled by default, not drawn at random: after any number
+    of draws, every task has had its share up to a fraction of one draw per task, and
     weights of 1:2:1 give exactly that in every block of four. What is random (by
     `seed`) is the order inside each source, anew in each pass over it.
 
     Args:
       sources: random-access sources, or grain datasets made of them (`map` and
         `random_map` are fine, `repeat` and `filter` are not), by task name.
-      batch_size: examples per batch; for ``batches="per_task"`` the examples of each
-        task, one number for all or one per task.
+      batch_size: examples per batch, or unless batches are mixed one number per task;
+        for ``batches="per_task"`` the examples of each task.
       weights: see :func:`mixture_weights`. Shares of batches for ``"single_task"``, of
         examples for ``"mixed"``; ``"per_task"`` takes its shares from `batch_size`.
       exponent: see :func:`mixture_weights`.
@@ -55,6 +58,8 @@ def mixture(
         ``{task: batch}`` with every task that has examples left; ``"mixed"``: one
         batch of all tasks with the field ``"task"``, int32 positions in the sorted
         list of names, for which all sources must have the same fields.
+      order: ``"scheduled"``, as above, or ``"random"``: each task is drawn with the
+        probability of its weight, by `seed`. No use with per-task batches.
       drop_remainder: whether to leave out batches that the end of a source makes
         shorter.
       shuffle: whether to shuffle each source.
@@ -84,6 +89,7 @@ def mixture(
         raise ValueError("`sources` must hold at least one task, got none.")
     _check_choice("exhaustion", exhaustion, get_args(Exhaustion))
     _check_choice("batches", batches, get_args(Batches))
+    _check_choice("order", order, get_args(Order))
     tasks = sorted(sources)
     sizes = {task: _checked_length(task, sources[task]) for task in tasks}
     if batches == "per_task" and isinstance(weights, Mapping):
@@ -104,7 +110,7 @@ def mixture(
         dataset = dataset.seed(_task_seed(seed, task))
         datasets[task] = (dataset.shuffle() if shuffle else dataset).repeat()
     return TaskMixture(
-        datasets, sizes, shares, rows, exhaustion, batches, drop_remainder, seed
+        datasets, sizes, shares, rows, exhaustion, batches, order, drop_remainder, seed
     )
 
 
@@ -119,6 +125,7 @@ class TaskMixture(grain.IterDataset):
       rows: examples per batch, by task.
       exhaustion: the argument of :func:`mixture`.
       batches: the argument of :func:`mixture`.
+      order: the argument of :func:`mixture`.
       drop_remainder: the argument of :func:`mixture`.
       seed_value: the argument `seed` of :func:`mixture`.
     """
@@ -131,6 +138,7 @@ class TaskMixture(grain.IterDataset):
         rows: Mapping[str, int],
         exhaustion: Exhaustion,
         batches: Batches,
+        order: Order,
         drop_remainder: bool,
         seed: int,
     ):
@@ -143,6 +151,7 @@ class TaskMixture(grain.IterDataset):
         self.rows = dict(rows)
         self.exhaustion = exhaustion
         self.batches = batches
+        self.order = order
         self.drop_remainder = drop_remainder
         self.seed_value = seed
 
@@ -258,7 +267,7 @@ class TaskMixtureIterator(grain.DatasetIterator):
         if data.exhaustion == "once":
             active = [task for task in active if self._left(task) >= fewest[task]]
         if data.batches == "single_task" and active:
-            active = [_draw(data.weights, shares, active)]
+            active = [self._pick(active, shares, 0)]
         if any(self._left(task) < fewest[task] for task in active):
             return []
         return [
@@ -277,12 +286,20 @@ class TaskMixtureIterator(grain.DatasetIterator):
                 active = [task for task in active if left[task] > 0]
             if not active:
                 break
-            task = _draw(data.weights, shares, active)
+            task = self._pick(active, shares, len(plan))
             if left[task] == 0:
                 break
             left[task] -= 1
             plan.append(task)
         return [] if data.drop_remainder and len(plan) < rows else plan
+
+    def _pick(self, active: list[str], shares: dict[str, float], planned: int) -> str:
+        data = self._dataset
+        if data.order == "scheduled":
+            return scheduled_task(data.weights, shares, active)
+        # The examples before it number the draws, so that nothing more has to be saved.
+        draw = planned + sum(self._drawn.values()) + sum(self._absent.values())
+        return random_task(data.weights, active, seed=data.seed_value, draw=draw)
 
     def _read(self, task: str, position: int) -> Any:
         row = self._dataset.datasets[task][position]
@@ -292,21 +309,6 @@ class TaskMixtureIterator(grain.DatasetIterator):
                 "None. Filter before making the source: grain's `filter` leaves holes."
             )
         return row
-
-
-def _draw(
-    weights: Mapping[str, float | int], shares: dict[str, float], active: list[str]
-) -> str:
-    """Picks the task that is furthest behind its share, and updates `shares`."""
-    total = sum(weights[task] for task in active)
-    for task in active:
-        shares[task] += weights[task] / total
-    furthest = max(shares[task] for task in active)
-    # The tolerance keeps rounding errors from deciding between equals, which would
-    # break the exact blocks.
-    chosen = next(task for task in active if shares[task] > furthest - 1e-9)
-    shares[chosen] -= 1.0
-    return chosen
 
 
 def _stack(name: str, rows: list[Any]) -> Any:
@@ -345,9 +347,9 @@ def _batch_sizes(
     batch_size: int | Mapping[str, int], tasks: list[str], batches: Batches
 ) -> dict[str, int]:
     if isinstance(batch_size, Mapping):
-        if batches != "per_task" or sorted(batch_size) != tasks:
+        if batches == "mixed" or sorted(batch_size) != tasks:
             raise ValueError(
-                "`batch_size` must be one number, or with per-task batches one for "
+                "`batch_size` must be one number, or unless batches are mixed one for "
                 f"each of {tasks}, got {dict(batch_size)} for {batches!r} batches."
             )
         rows = dict(batch_size)

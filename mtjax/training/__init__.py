@@ -39,6 +39,7 @@ from mtjax.training.run_config import ConfigMismatchError
 from mtjax.training.state import TrainState
 from mtjax.training.step import make_train_step
 from mtjax.training.timing import step_milliseconds
+from mtjax.training.unmixed import make_unmixed_step
 
 __all__ = [
     "ACCURACY",
@@ -70,6 +71,7 @@ __all__ = [
     "fully_sharded",
     "initialize_distributed",
     "make_train_step",
+    "make_unmixed_step",
     "mean_rank",
     "place",
     "predictive_entropy",

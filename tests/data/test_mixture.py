@@ -289,6 +289,7 @@ def test_texts_of_unequal_lengths_stay_whole():
         ({"sources": {}}, "`sources` must hold"),
         ({"batch_size": 0}, "`batch_size`"),
         ({"batch_size": {"a": 1}}, "`batch_size`"),
+        ({"batch_size": dict.fromkeys("abc", 1), "batches": "mixed"}, "`batch_size`"),
         ({"batch_size": {"a": 1}, "batches": "per_task"}, "`batch_size`"),
         ({"batches": "per_task", "weights": {"a": 1, "b": 1, "c": 1}}, "`weights`"),
         (
