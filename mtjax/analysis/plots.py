@@ -166,6 +166,57 @@ def plot_groups(
     return figure
 
 
+def plot_effects(
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, float]]],
+    *,
+    order: Sequence[str],
+    reference: str,
+    xlabel: str,
+) -> Figure:
+    """Draws an effect of many methods as lines of dots, seeds faint and means solid.
+
+    Args:
+      panels: per column, per method, the values of the seeds and half the width of the
+        interval around their mean; a column may lack a method.
+      order: the methods from top to bottom.
+      reference: the method whose mean is drawn as a line through its column.
+      xlabel: what the values are.
+
+    Returns:
+      The figure. A column shows the better nine tenths of its methods; those far off to
+      the left are named at the edge, with their mean.
+    """
+    size = (3.4 * len(panels) + 1.6, 0.21 * len(order) + 1.0)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (title, effects) in zip(axes, panels.items()):
+        means = np.array([np.mean(values) for values, _ in effects.values()])
+        shown = [
+            m for m in effects if effects[m][0].mean() >= np.nanquantile(means, 0.1)
+        ]
+        ends = np.concatenate([effects[m][0] for m in shown])
+        margin = 0.05 * np.ptp(ends) + 1e-9
+        left, right = ends.min() - margin, ends.max() + margin
+        ax.axvline(effects[reference][0].mean(), color=_COLORS[6], linewidth=1)
+        for i, method in enumerate(order):
+            values, half = effects.get(method, (np.array([np.nan]), np.nan))
+            mean = values.mean()
+            if np.isnan(mean) or mean < left:
+                text = "failed" if np.isnan(mean) else f"← {mean:.3g}"
+                ax.text(left, i, f" {text}", va="center", fontsize=8, color=_COLORS[7])
+                continue
+            color = _COLORS[6] if method == reference else _COLORS[0]
+            style = {"color": color, "linewidths": 0}
+            ax.scatter(values, [i] * len(values), alpha=0.25, s=12, **style)
+            ax.plot([mean - half, mean + half], [i, i], color=color, linewidth=1.4)
+            ax.scatter(mean, i, s=28, zorder=3, **style)
+        ax.set(title=title, xlabel=xlabel, xlim=(left, right))
+        ax.set_yticks(range(len(order)), order, fontsize=8)
+        _tidy(ax)
+    axes[0].set_ylim(len(order) - 0.4, -0.6)
+    return figure
+
+
 def _line_with_range(ax: Axes, steps, values, color: str, label: str) -> None:
     ax.plot(steps, values.mean(0), color=color, linewidth=1.8, label=label)
     if len(values) > 1:

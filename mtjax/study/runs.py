@@ -1,7 +1,6 @@
 """Training one method with several seeds."""
 
 import contextlib
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -9,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mtjax.study.config import Config
+from mtjax.study.lanes import LANE_AXES, lane_params, stack_lanes
 from mtjax.study.methods import METHODS
 from mtjax.study.setting import Setting
 from mtjax.training import (
@@ -23,10 +22,6 @@ from mtjax.training import (
     make_train_step,
 )
 from mtjax.training.commit import write_atomically
-
-_SEED_AXES = TrainState(
-    params=0, opt_state=0, model_state=None, key=0, step=None, skipped=0
-)
 
 
 class Runs:
@@ -49,7 +44,7 @@ class Runs:
         if self._vmapped:
             self._step = jax.jit(
                 jax.vmap(
-                    self._step, in_axes=(_SEED_AXES, None), out_axes=(_SEED_AXES, 0)
+                    self._step, in_axes=(LANE_AXES, None), out_axes=(LANE_AXES, 0)
                 ),
                 donate_argnums=0,
             )
@@ -95,10 +90,7 @@ class Runs:
             return TrainState.create(self._setting.init(init_key), self._tx, key=key)
 
         states = [one(seed) for seed in seeds]
-        if not self._vmapped:
-            return states[0]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        return dataclasses.replace(stacked, step=states[0].step)
+        return stack_lanes(states) if self._vmapped else states[0]
 
     def _train(self, seeds, folder, on_progress) -> list[dict[str, Any]]:
         config, setting = self._config, self._setting
@@ -153,11 +145,7 @@ class Runs:
         """Pairs of seed and its parameters."""
         if not self._vmapped:
             return [(seeds[0], state.params)]
-        leaves, structure = jax.tree.flatten(state.params)
-        return [
-            (seed, structure.unflatten([leaf[i] for leaf in leaves]))
-            for i, seed in enumerate(seeds)
-        ]
+        return list(zip(seeds, lane_params(state, len(seeds)), strict=True))
 
 
 def _of_seed(history: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
