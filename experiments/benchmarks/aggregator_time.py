@@ -22,8 +22,8 @@ import tyro
 from turns import (
     Worker,
     WorkerError,
+    clock_on,
     has_module,
-    keep_to,
     median_ratio,
     print_header,
     print_row,
@@ -65,14 +65,18 @@ class Config:
     limit_gb: float = 4.0
     """Largest matrix."""
     cores: int | None = None
-    """CPU cores to keep to; one is the fair choice on a machine that others use."""
+    """CPU cores to keep to. With one, the time of the processor is taken instead of
+    that of the wall: for a CPU that others use."""
     torchjd_python: Path | None = None
     """Interpreter of an environment with torchjd."""
 
 
-def table(config: Config, tasks: int, parameters: int, pythons: dict) -> None:
+def table(
+    config: Config, tasks: int, parameters: int, pythons: dict, clock: str
+) -> None:
     """Measures one matrix and prints its rows."""
-    cell = {"tasks": tasks, "parameters": parameters, "seconds": config.seconds}
+    cell = {"tasks": tasks, "parameters": parameters}
+    cell |= {"seconds": config.seconds, "clock": clock}
     workers = {
         library: Worker(python, f"{library}_aggregators", cell)
         for library, python in pythons.items()
@@ -106,7 +110,7 @@ def table(config: Config, tasks: int, parameters: int, pythons: dict) -> None:
 
 def measure(config: Config) -> None:
     """Prints one table over all matrices."""
-    keep_to(config.cores)
+    clock = clock_on(config.cores)
     pythons: dict[str, str | Path] = {"jax": sys.executable}
     columns = ["tasks", "parameters", "method", "mtjax ms"]
     if has_module(config.torchjd_python, "torchjd"):
@@ -123,7 +127,7 @@ def measure(config: Config) -> None:
             if size > config.limit_gb:
                 skipped.append(f"{tasks} x {parameters:.0e} ({size:.1f} GB)")
             else:
-                table(config, tasks, parameters, pythons)
+                table(config, tasks, parameters, pythons, clock)
     if skipped:
         print(f"\nSkipped above {config.limit_gb} GB: {', '.join(skipped)}.")
     print(f"load at the end {os.getloadavg()[0]:.1f}", flush=True)

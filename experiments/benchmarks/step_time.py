@@ -30,8 +30,8 @@ import tyro
 from turns import (
     Worker,
     WorkerError,
+    clock_on,
     has_module,
-    keep_to,
     median_ratio,
     print_header,
     print_row,
@@ -96,7 +96,8 @@ class Config:
     seconds: float = 0.7
     """Of timed steps in a turn, three steps at least."""
     cores: int | None = None
-    """CPU cores to keep to; one is the fair choice on a machine that others use."""
+    """CPU cores to keep to. With one, the time of the processor is taken instead of
+    that of the wall: for a CPU that others use."""
     torchjd_python: Path | None = None
     """Interpreter of an environment with torchjd."""
     libmtl_python: Path | None = None
@@ -129,6 +130,7 @@ class Bench:
             "batch": config.batch or batch,
             "width": config.width or width,
             "seconds": config.seconds,
+            "clock": clock_on(config.cores),
         }
         peers = {"torchjd": config.torchjd_python, "libmtl": config.libmtl_python}
         modules = {"torchjd": "torchjd", "libmtl": "LibMTL"}
@@ -270,7 +272,6 @@ def _settle(worker: Worker) -> None:
 def measure(config: Config, tiny: bool = False) -> None:
     """Prints the tables of one model."""
     check_methods(config.methods or _FEW)
-    keep_to(config.cores)
     bench = Bench(config, tiny)
     shape = f"batch {bench.cell['batch']}, width {bench.cell['width']}"
     print(

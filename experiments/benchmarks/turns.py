@@ -90,13 +90,16 @@ def has_module(python: Path | None, module: str) -> bool:
         return False
 
 
-def keep_to(cores: int | None) -> None:
+def clock_on(cores: int | None) -> str:
     """Confines this process and the workers it starts to some cores.
 
-    On a machine that others use, threads that wait for each other measure the others.
+    Returns:
+      The clock of the module `time` to read. On one core it is that of the process:
+      on a machine that others use, the other one measures what they do.
     """
     if cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    return "process_time" if cores == 1 else "perf_counter"
 
 
 def median_ratio(times: list[float], others: list[float]) -> float:

@@ -53,7 +53,7 @@ def main() -> None:
 
     for _ in range(2):
         advance()
-    serve(facts, lambda _: milliseconds(advance, cell["seconds"]))
+    serve(facts, lambda _: milliseconds(advance, cell["seconds"], cell["clock"]))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
     cell = json.loads(sys.argv[1])
     sizes = (cell["model"], cell["tasks"], cell["batch"], cell["width"])
     problem = make_problem(*sizes)
-    serve_step(make_step(cell["method"], problem), problem, cell["seconds"])
+    serve_step(make_step(cell["method"], problem), problem, cell)
 
 
 if __name__ == "__main__":

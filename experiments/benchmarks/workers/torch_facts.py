@@ -35,11 +35,11 @@ def peak_mb(step: Callable[[], object]) -> float:
 
 
 def serve_step(
-    step: Callable[[], object], problem: Problem, seconds: float, route: str = ""
+    step: Callable[[], object], problem: Problem, cell: dict, route: str = ""
 ) -> None:
     """Tells size and memory, then times steps on demand."""
     whole = finished(step)
     whole()
     parameters = sum(p.numel() for p in problem.parameters())
     facts = {"parameters": parameters, "peak_mb": peak_mb(whole), "route": route}
-    serve(facts, lambda _: milliseconds(whole, seconds))
+    serve(facts, lambda _: milliseconds(whole, cell["seconds"], cell["clock"]))

@@ -33,7 +33,8 @@ def main() -> None:
         step()
         return step
 
-    serve({}, lambda name: milliseconds(aggregator(name), cell["seconds"]))
+    timing = (cell["seconds"], cell["clock"])
+    serve({}, lambda name: milliseconds(aggregator(name), *timing))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def fastest(name: str, cell: dict) -> tuple[str, Callable[[], None], Problem]:
     for route, of in make.items():
         step = finished(of(make_problem(*sizes)))
         step()
-        times[route] = milliseconds(step, cell["seconds"] / 2)
+        times[route] = milliseconds(step, cell["seconds"] / 2, cell["clock"])
     route = min(times, key=times.get)
     problem = make_problem(*sizes)
     return route, make[route](problem), problem
@@ -125,11 +125,11 @@ def main() -> None:
     name = cell["method"]
     if hasattr(ta, name) and name not in ("Sum", "Random"):
         route, step, problem = fastest(name, cell)
-        serve_step(step, problem, cell["seconds"], route)
+        serve_step(step, problem, cell, route)
     else:
         sizes = (cell["model"], cell["tasks"], cell["batch"], cell["width"])
         problem = make_problem(*sizes)
-        serve_step(scalarized(name, problem), problem, cell["seconds"])
+        serve_step(scalarized(name, problem), problem, cell)
 
 
 if __name__ == "__main__":
