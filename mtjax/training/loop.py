@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,7 +103,9 @@ def fit(
     later. A run that was finished, or stopped early, returns at once.
 
     The device is never waited for longer than one step behind, and metrics are fetched
-    only when they are logged.
+    only when they are logged, except for the count of skipped steps: when
+    `make_train_step` skips one, a warning names the tasks whose losses are not finite,
+    once per task.
 
     Args:
       state: the initial state; donated if the step donates.
@@ -174,7 +177,7 @@ def fit(
 
     with _progress_bar(progress) as bar:
         task = bar.add_task("training", total=num_steps, completed=step, info="")
-        previous = None
+        previous, watch = {}, _skip_watch(int(state.skipped))
         while step < num_steps and not stopped:
             batch = next(iterator, _END)
             if batch is _END:
@@ -186,6 +189,7 @@ def fit(
             step += 1
             # One step in flight keeps the device busy; more would pile up batches.
             jax.block_until_ready(previous)
+            watch(step - 1, previous)
             previous = metrics
             row: dict[str, Any] = {}
             if step % log_every == 0:
@@ -208,12 +212,42 @@ def fit(
             bar.update(task, completed=step)
             if "train" in row:
                 bar.update(task, info=_describe(row["train"]))
+        watch(step, previous)
     if checkpoints is not None:
         checkpoints.wait()
     return state, history
 
 
 _END = object()
+
+
+def _skip_watch(skipped: int) -> Callable[[int, Mapping[str, Any]], None]:
+    """Warns of skipped steps when the metrics of a step tell of one more."""
+    named: set[str] = set()
+
+    def watch(step, metrics):
+        nonlocal skipped
+        count = int(metrics.get("skipped", skipped))
+        if count <= skipped:
+            return
+        skipped = count
+        losses = jax.device_get(metrics.get("losses", {}))
+        causes = {t: float(x) for t, x in losses.items() if not math.isfinite(x)}
+        # Tasks with a finite loss and an infinite gradient go by no name.
+        new = (causes.keys() or {""}) - named
+        if not new:
+            return
+        named.update(new)
+        found = ", ".join(f"the loss of {t!r} is {x}" for t, x in causes.items())
+        warnings.warn(
+            f"Step {step} was skipped: "
+            f"{found or 'an update is not finite although all losses are'}. Its batch "
+            "changed nothing; later ones with the same cause are only counted.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    return watch
 
 
 def _due(step: int, every: int | None) -> bool:

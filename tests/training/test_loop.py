@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from mtjax.training import Checkpoints, EarlyStop, JsonlLogger, TrainState, fit
+import mtjax
+from mtjax.training import (
+    Checkpoints,
+    EarlyStop,
+    JsonlLogger,
+    TrainState,
+    fit,
+    make_train_step,
+)
 
 
 def make_state():
@@ -202,6 +210,36 @@ def test_metrics_after_the_last_checkpoint_are_forgotten(tmp_path):
     start(batches())
     lines = read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+def losses_of_two(params, batch):
+    return {"a": (params["w"] - 1.0) ** 2, "b": (params["w"] - 2.0) ** 2 + batch}
+
+
+def test_a_skipped_step_names_the_task_whose_loss_is_not_finite():
+    tx = optax.chain(mtjax.equal(), optax.sgd(0.1))
+    step = make_train_step(losses_of_two, tx)
+    fresh = lambda: TrainState.create({"w": jnp.zeros(())}, tx, key=jax.random.key(0))
+    nan = float("nan")
+    data = [jnp.float32(x) for x in (0.0, nan, 0.0, nan)]
+    # Once, though two steps were skipped, and also if the last step is the first.
+    with pytest.warns(
+        RuntimeWarning, match="Step 2 was skipped: the loss of 'b' is nan"
+    ):
+        state, _ = fit(fresh(), step, data, num_steps=4, log_every=1)
+    assert int(state.skipped) == 2
+    with pytest.warns(RuntimeWarning, match="Step 2 was skipped") as caught:
+        fit(fresh(), step, data, num_steps=2)
+    assert len(caught) == 1
+
+
+def test_an_update_that_is_not_finite_under_finite_losses_is_told_apart():
+    tx = optax.chain(mtjax.equal(), optax.scale(float("inf")))
+    step = make_train_step(losses_of_two, tx)
+    state = TrainState.create({"w": jnp.zeros(())}, tx, key=jax.random.key(0))
+    with pytest.warns(RuntimeWarning, match="Step 1 .* although all losses are") as got:
+        fit(state, step, [jnp.float32(0.0)] * 3, num_steps=3)
+    assert len(got) == 1
 
 
 def test_progress_bar_is_silent_without_a_terminal(capfd):
