@@ -38,11 +38,12 @@ def main() -> None:
             return optax.apply_updates(params, updates), state
 
     carry = (params, tx.init(params))
-    start = time.perf_counter()
+    clock = getattr(time, cell["clock"])
+    start = clock()
     run = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, *batch).compile()
     facts = {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "compile_s": time.perf_counter() - start,
+        "compile_s": clock() - start,
         "peak_mb": run.memory_analysis().temp_size_in_bytes / 1e6,
         "device": jax.devices()[0].device_kind,
     }
