@@ -24,6 +24,9 @@ BAD_HYPERPARAMETERS = [
     (lambda: mtjax.nash_mtl(2, update_every=0), "`update_every` must be at", "0"),
     (lambda: mtjax.upgrad(reg_eps=0.0), "`reg_eps` must be positive", "0"),
     (lambda: mtjax.upgrad(preference=[-1.0]), "`preference` must not be nega", "-1"),
+    (lambda: mtjax.dualproj(preference=[1.0, -2.0]), "`preference` must not be", "-2"),
+    (lambda: mtjax.cosmos(preference=[-3.0, 1.0]), "`preference` must not be", "-3"),
+    (lambda: mtjax.pbi(preference=[-4.0, 1.0]), "`preference` must not be neg", "-4"),
     (lambda: check_preference([1.0, float("inf")]), "`preference` must be fi", "inf"),
     (lambda: check_preference([0.0, 0.0]), "`preference` must have a positive", "0.0"),
     (lambda: check_preference(1.0), "`preference` must have one entry", r"\(\)"),
@@ -115,6 +118,14 @@ def test_unknown_task_in_losses():
         ValueError, match=r"`losses` must have exactly.*'a', 'b'.*got.*'c'"
     ):
         tx.update(grads, tx.init(None), losses=named(a=1.0, c=1.0))
+
+
+def test_wrong_leading_axis():
+    tx = mtjax.equal()
+    with pytest.raises(ValueError, match=r"leading task axis.*got \{'': \(\)\}.*stack"):
+        tx.update(jnp.array(1.0), tx.init(None))
+    with pytest.raises(ValueError, match=r"`tasks` must name the 3 tasks .*'a', 'b'"):
+        tx.update(jnp.eye(3), tx.init(None), losses=named(a=1.0, b=1.0))
 
 
 def test_plain_gradients_must_share_a_task_axis():
