@@ -52,6 +52,25 @@ assert np.ptp(position(ends["none", "none", "mgda"])) > 0.5
 for name in ("equal", "cagrad"):
     assert np.ptp(position(ends["none", "0.1", name])) > 0.3
 """,
+    "gradient_conflict": """
+ends = {name: path[:, -1] for name, path in paths.items()}
+for points in ends.values():  # on the front, the line between the centres
+    assert abs(points[:, 1]).max() < 1e-2 and abs(points[:, 0]).max() < 1
+assert (abs(ends["equal"][:, 0]) > 0.95).all()
+for name in ("pcgrad", "mgda", "imtl_g"):
+    assert abs(ends[name][1, 0]) < 0.4
+
+recorded = {name: records for name, (_, records) in trained.items()}
+assert (recorded["equal"]["between tasks"][:, 0] < 0).mean() > 0.4
+lengths = np.median(recorded["equal"]["length"], axis=0)
+assert lengths[2] > 6 * lengths[:2].max()
+against = {n: (r["with update"] < -1e-3).any(-1).mean() for n, r in recorded.items()}
+assert against["equal"] > 0.05 and against["pcgrad"] < 0.02
+assert against["mgda"] == against["imtl_g"] == 0
+assert np.ptp(recorded["imtl_g"]["with update"], axis=-1).max() < 0.02
+assert min(scores["imtl_g"][:2]) > max(scores["equal"][:2]) + 0.03
+assert scores["mgda"][2] > scores["equal"][2]
+""",
 }
 
 
