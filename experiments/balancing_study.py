@@ -1,13 +1,13 @@
 """All balancers on three real problems, each with the learning rate that suits it.
 
-Two overlaid digits, two questions about people, prices of six air tickets. Small dense
+Two overlaid digits, two questions about people, three metals in the soil. Small dense
 networks with one hidden layer per head; every method gets the same grid of learning
 rates, of which the validation part chooses one, and the test part is looked at once.
 Learning rates and seeds of a method are trained side by side as one program; what is
 finished is not trained again.
 
 Command:  mtjax data prepare census_income_kdd/original --from FOLDER --data-dir DATA
-          mtjax data prepare mulan_mtr/atp1d --from FOLDER --data-dir DATA
+          mtjax data prepare mulan_mtr/jura --from FOLDER --data-dir DATA
           python experiments/balancing_study.py full --data-dir DATA
           (`quick` takes seconds and needs no data folder)
 Machine:  two CPU cores.    Minutes: 25.    Expect: docs/studies/balancing.md.
@@ -45,7 +45,7 @@ Cell = dict[str, Any]  # what is known of one method on one problem
 class Config:
     """What is compared, and for how long."""
 
-    data: tuple[str, ...] = ("multi_mnist", "census_income_kdd", "mulan_mtr/atp1d")
+    data: tuple[str, ...] = ("multi_mnist", "census_income_kdd", "mulan_mtr/jura")
     data_dir: Path | None = None  # folder of prepared data, for tables
     methods: tuple[str, ...] = tuple(METHODS)
     learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)  # of Adam
