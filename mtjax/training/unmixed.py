@@ -74,13 +74,12 @@ def make_unmixed_step(
             return {task: found[0]}, found[1]
         return {task: found}
 
-    def update(updates, state, params=None, *, losses, **extra_args):
-        (task,) = losses
+    def update(updates, state, params=None, **extra_args):
+        (task,) = extra_args["losses"]
         return optimizer.update(
             updates.combine(),
             state,
             params,
-            losses=losses,
             task_id=tasks.index(task),
             **extra_args,
         )

@@ -9,6 +9,7 @@ import optax
 from mtjax.gradients import ParameterSplit
 from mtjax.transforms.normalize_by_task_norm import (
     NormScope,
+    check_task_id,
     normalize_by_task_norm,
     per_task,
 )
@@ -107,7 +108,8 @@ def mt_adamw(
         optax.scale_by_learning_rate(learning_rate),
     )
 
-    def update(updates, state, params=None, *, task_id, **extra_args):
+    def update(updates, state, params=None, *, task_id=None, **extra_args):
+        check_task_id("mt_adamw", task_id)
         leaves, structure = jax.tree.flatten(updates)
         uses = structure.unflatten(uses_of(leaves, task_id, inactive, split))
         updates, state = chain.update(

@@ -54,8 +54,9 @@ def normalize_by_task_norm(
         raise ValueError(f"`task_scales` must not be negative, got {task_scales}.")
     check_choice("norm_scope", norm_scope, ("global", "per_tensor"))
 
-    def update(updates, state, params=None, *, task_id, **extra_args):
+    def update(updates, state, params=None, *, task_id=None, **extra_args):
         del params, extra_args
+        check_task_id("normalize_by_task_norm", task_id)
         scale = jnp.asarray(scales, jnp.float32)[task_id]
         leaves, structure = jax.tree.flatten(updates)
         wide = [g.astype(jnp.float32) for g in leaves]
@@ -72,6 +73,15 @@ def normalize_by_task_norm(
     return optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), update
     )
+
+
+def check_task_id(name: str, task_id: Any) -> None:
+    """Raises ValueError if a transform was not told which task the gradient is of."""
+    if task_id is None:
+        raise ValueError(
+            f"`{name}` needs the extra argument `task_id`; call "
+            "`tx.update(grads, state, params, task_id=task_id)`."
+        )
 
 
 def per_task(argument: str, values: Any) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from mtjax.balancing.balancer import check_choice
 from mtjax.gradients import ParameterSplit
-from mtjax.transforms.normalize_by_task_norm import per_task
+from mtjax.transforms.normalize_by_task_norm import check_task_id, per_task
 
 Inactive = Literal["freeze", "decay"]
 
@@ -70,7 +70,7 @@ def scale_by_mt_adam(
 
     Raises:
       ValueError: if an argument is out of its range; at update time, if `split` is of
-        other parameters.
+        other parameters or `task_id` is not passed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,8 +127,9 @@ def scale_by_mt_adam(
         change = jnp.where(root > 0, mean / jnp.where(root > 0, root, 1.0), mean)
         return jnp.where(uses, change, 0.0).astype(grad.dtype), count, mu, nu
 
-    def update(updates, state, params=None, *, task_id, **extra_args):
+    def update(updates, state, params=None, *, task_id=None, **extra_args):
         del params, extra_args
+        check_task_id("scale_by_mt_adam", task_id)
         leaves, structure = jax.tree.flatten(updates)
         uses = uses_of(leaves, task_id, inactive, split)
         factors = [
@@ -145,7 +146,7 @@ def scale_by_mt_adam(
 
 def uses_of(
     leaves: Sequence[Array],
-    task_id: Array | int,
+    task_id: Array | int | None,
     inactive: Inactive,
     split: ParameterSplit | None,
 ) -> list[Array]:

@@ -284,3 +284,16 @@ def test_split_of_other_parameters():
     tx = scale_by_mt_adam(RATIOS, split=SPLIT)
     with pytest.raises(ValueError, match="`split` must be that of the parameters"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), task_id=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tx"),
+    [
+        ("normalize_by_task_norm", normalize_by_task_norm([1.0])),
+        ("scale_by_mt_adam", scale_by_mt_adam([1.0])),
+        ("mt_adamw", mt_adamw(0.1, [1.0])),
+    ],
+)
+def test_task_id_is_asked_for(name, tx):
+    with pytest.raises(ValueError, match=f"`{name}` needs the extra argument `task_id"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
