@@ -25,6 +25,8 @@ def pictures(monkeypatch):
         return {"image": images, "label": np.arange(60, dtype=np.uint8) % 5}
 
     monkeypatch.setattr(experiment, "load_images", load_images)
+    # Shares of hits may be zero after four steps on noise, and have no relative change.
+    monkeypatch.setattr(experiment, "BETTER", {"digits": {"rmse": "lower"}})
 
 
 @pytest.mark.slow
