@@ -12,8 +12,8 @@ aggregators get the same gradients.
 
 Command:  python experiments/benchmarks/solver_accuracy.py
 Machine:  two CPU cores.    Minutes: 3.
-Expect:   weights within 1e-6 wherever they are unique; converged everywhere but for
-          Nash-MTL and FairGrad on stationary gradients; 20 us at 2 tasks.
+Expect:   weights within 1e-4 wherever they are unique, as the tests assert; converged
+          everywhere but for Nash-MTL and FairGrad on stationary gradients.
 """
 
 import json

@@ -43,7 +43,7 @@ def residual(
       x_rest: :math:`\delta`, what rounding took from :math:`x`.
 
     Returns:
-      The residual, with an error of about 1e-11 of the terms of its sums.
+      The residual, with an error below 1e-10 of the terms of its sums.
     """
     matrix_high, matrix_low = _split(matrix)
     x_high, x_low = _split(x)

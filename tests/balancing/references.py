@@ -108,9 +108,15 @@ def fair_weights(gramian, alpha):
     for _ in range(500):
         right = rates * beta ** (-1 / alpha)
         hessian = matrix + np.diag(right / beta / alpha)
-        step = np.linalg.solve(hessian, right - matrix @ beta)
+        # Scaled to a unit diagonal: the entries may differ by many powers of ten.
+        unit = 1.0 / np.sqrt(np.diag(hessian))
+        step = unit * np.linalg.solve(
+            hessian * np.outer(unit, unit), unit * (right - matrix @ beta)
+        )
         beta = beta + step / (1 + (1 + 1 / alpha) * np.abs(step / beta).max())
-    np.testing.assert_allclose(matrix @ beta, right, rtol=1e-8)
+    # The sums cancel where gradients do, so the sides differ by the rounding of their
+    # terms; what a Newton step still changes is what the weights miss.
+    assert np.abs(step / beta).max() < 1e-7
     return beta / norms
 
 
