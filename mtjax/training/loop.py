@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -177,7 +178,7 @@ def fit(
 
     with _progress_bar(progress) as bar:
         task = bar.add_task("training", total=num_steps, completed=step, info="")
-        previous, watch = {}, _skip_watch(int(state.skipped))
+        previous, watch = {}, _skip_watch(int(np.sum(state.skipped)))
         while step < num_steps and not stopped:
             batch = next(iterator, _END)
             if batch is _END:
@@ -227,12 +228,14 @@ def _skip_watch(skipped: int) -> Callable[[int, Mapping[str, Any]], None]:
 
     def watch(step, metrics):
         nonlocal skipped
-        count = int(metrics.get("skipped", skipped))
+        # Several runs at once have an axis of runs.
+        count = int(np.sum(metrics.get("skipped", skipped)))
         if count <= skipped:
             return
         skipped = count
         losses = jax.device_get(metrics.get("losses", {}))
-        causes = {t: float(x) for t, x in losses.items() if not math.isfinite(x)}
+        wrong = {t: np.ravel(x)[~np.isfinite(np.ravel(x))] for t, x in losses.items()}
+        causes = {t: float(x[0]) for t, x in wrong.items() if x.size}
         # Tasks with a finite loss and an infinite gradient go by no name.
         new = (causes.keys() or {""}) - named
         if not new:
