@@ -52,7 +52,7 @@ class Config:
     seeds: int = 5
     steps: int = 500
     batch_size: int = 64
-    epochs: int = 20  # methods that act once per epoch do so at least so many times
+    epochs: int = 20  # at least, for methods that act once per epoch
     drawn: tuple[str, ...] = study.Config.methods  # in the plot of two tasks
 
     def __post_init__(self):
