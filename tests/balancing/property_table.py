@@ -156,7 +156,7 @@ def _cost(method):
 
 
 def _in_terms_of_tasks(of_two, of_three):
-    """What grows linearly with the number of tasks, from its values at two and three."""
+    """What grows linearly with the number of tasks, from two values."""
     per_task, fixed = of_three - of_two, 3 * of_two - 2 * of_three
     terms = [f"{per_task if per_task > 1 else ''}K"] * bool(per_task)
     return " + ".join(terms + [str(fixed)] * bool(fixed))
