@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +63,12 @@ def _inner(a: Array, b: Array) -> Float[Array, ""]:
 def _in_blocks(
     left: Rows, right: Rows, tasks: tuple[int, ...]
 ) -> Float[Array, "tasks tasks"]:
-    sides = [[rows.of(k).reshape(-1) for k in tasks] for rows in (left, right)]
-    size = sides[0][0].size
+    size = left.of(tasks[0]).size
     width = min(size, _BLOCK)
+    sides = [_columns(rows, tasks) for rows in (left, right)]
 
     def product(start, width):
-        a, b = (
-            jnp.stack([jax.lax.dynamic_slice_in_dim(x, start, width) for x in side])
-            for side in sides
-        )
-        return _inner_of_all(a, b)
+        return _inner_of_all(*(columns(start, width) for columns in sides))
 
     first = product(0, width)
     whole, rest = divmod(size, max(width, 1))
@@ -79,6 +76,18 @@ def _in_blocks(
         1, whole, lambda i, total: total + product(i * width, width), first
     )
     return total if rest == 0 else total + product(size - rest, rest)
+
+
+def _columns(
+    rows: Rows, tasks: tuple[int, ...]
+) -> Callable[[Any, int], Float[Array, "tasks width"]]:
+    """Reads some columns of the matrix of all tasks' rows."""
+    cut = jax.lax.dynamic_slice_in_dim
+    if rows.tasks == tasks and not isinstance(rows.values, list):
+        matrix = rows.values.reshape(len(tasks), -1)
+        return lambda start, width: cut(matrix, start, width, axis=1)
+    flat = [rows.of(k).reshape(-1) for k in tasks]
+    return lambda start, width: jnp.stack([cut(x, start, width) for x in flat])
 
 
 def _inner_of_all(a: Array, b: Array) -> Float[Array, "tasks tasks"]:
