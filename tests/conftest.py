@@ -1,5 +1,6 @@
 """Strictness for every test: eight simulated devices, no silent rank promotion."""
 
+import itertools
 import os
 
 import chex
@@ -20,6 +21,16 @@ install_import_hook("mtjax", "beartype.beartype")
 @pytest.fixture(autouse=True)
 def _fresh_trace_counter():
     chex.clear_trace_counter()
+
+
+def pytest_runtest_teardown(item, nextitem):
+    # Every compiled program takes some of the memory maps that a process may have, of
+    # which Linux allows 65,530: beyond them the compiler crashes.
+    if nextitem is None or nextitem.path != item.path or next(_TESTS) % 200 == 199:
+        jax.clear_caches()
+
+
+_TESTS = itertools.count()
 
 
 @pytest.fixture

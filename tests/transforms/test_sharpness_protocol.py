@@ -81,7 +81,16 @@ def compiled(method):
     return update, {name: tx.init(PARAMS) for name, tx in transforms.items()}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
+QUICK = ("equal()", "uw(K)", "pcgrad()", "mgda()", "nash_mtl(K)", "graddrop()")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, id=m.label, marks=[] if m.label in QUICK else pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_around_every_balancer(method):
     if method.resampled:
         pytest.skip("needs further batches, of which there are no flat parts")
