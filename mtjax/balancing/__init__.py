@@ -3,7 +3,7 @@
 from mtjax.balancing.aligned_mtl import aligned_mtl
 from mtjax.balancing.auto_lambda import AutoLambdaState, auto_lambda
 from mtjax.balancing.balancer import Step, balancer, gramian_balancer
-from mtjax.balancing.cagrad import cagrad
+from mtjax.balancing.cagrad import cagrad, conflict_averse_weights
 from mtjax.balancing.config import config
 from mtjax.balancing.conic_grad import conic_grad
 from mtjax.balancing.constant import constant
@@ -86,6 +86,7 @@ __all__ = [
     "bounded_qp",
     "cagrad",
     "config",
+    "conflict_averse_weights",
     "conic_grad",
     "constant",
     "cosmos",

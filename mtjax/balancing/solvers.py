@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mtjax.balancing.twofold import residual, two_sum
 
@@ -51,7 +51,8 @@ class Info(NamedTuple):
     converged: Array
 
 
-def _info(kkt_residual, iterations):
+def info_of(kkt_residual: Float[Array, ""], iterations: Int[Array, ""]) -> Info:
+    """Says whether what is violated is little."""
     return Info(kkt_residual, iterations, kkt_residual <= 1e-5)
 
 
@@ -103,6 +104,7 @@ def bounded_qp(
     start: Float[Array, " tasks"] | None = None,
     *,
     ridge: Float[Array, " tasks"] | float = 0.0,
+    linear_rest: Float[Array, " tasks"] | float = 0.0,
 ) -> tuple[Float[Array, " tasks"], Info]:
     r"""Minimises :math:`\tfrac12 x^\top A x + b^\top x` over :math:`x \ge l`.
 
@@ -118,6 +120,7 @@ def bounded_qp(
       start: the solution of a similar problem; what is above its bound there is tried
         first here.
       ridge: what the problem adds to the diagonal of :math:`A`.
+      linear_rest: what rounding took from :math:`b`.
 
     Returns:
       :math:`x`, and how well it fulfils the optimality conditions relative to the slope
@@ -136,7 +139,7 @@ def bounded_qp(
     ridged = matrix + RIDGE * eye
 
     def downhill(x, x_rest):
-        return residual(-linear, matrix, x, x_rest) - rest * x
+        return residual(-linear, matrix, x, x_rest) - rest * x - linear_rest
 
     def solve(free):
         system = jnp.where(free[:, None] & free[None, :], ridged, eye)
@@ -205,7 +208,7 @@ def bounded_qp(
     relative = violation / jnp.where(scale > 0, scale, 1.0)
     # Comparisons with NaN end the search as if there were nothing to gain.
     x = jnp.where(jnp.isnan(relative), jnp.nan, jnp.maximum(x, lower))
-    return x, _info(relative, exchanges + count)
+    return x, info_of(relative, exchanges + count)
 
 
 @full_precision
@@ -239,7 +242,7 @@ def shortest_in_hull(
     shares = x / total
     products = -residual(zeros, matrix, shares, zeros)
     missing = jnp.where(allowed, inverse * (shares @ products) - products, 0.0)
-    return weights / total, _info(jnp.max(jnp.maximum(missing, 0.0)), info.iterations)
+    return weights / total, info_of(jnp.max(jnp.maximum(missing, 0.0)), info.iterations)
 
 
 @full_precision
@@ -323,4 +326,4 @@ def fair_equilibrium(
 
     carry = (start, jnp.array(jnp.inf, start.dtype), jnp.array(0))
     beta, change, count = jax.lax.while_loop(unfinished, step, carry)
-    return beta, _info(change, count)
+    return beta, info_of(change, count)

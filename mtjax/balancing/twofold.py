@@ -45,6 +45,19 @@ def residual(
     Returns:
       The residual, with an error below 1e-10 of the terms of its sums.
     """
+    total, rest = _residual(rhs, matrix, x, x_rest)
+    return total + rest
+
+
+def product(
+    matrix: Float[Array, "rows columns"], x: Float[Array, " columns"]
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """The product of a matrix and a vector, and what rounding took from it."""
+    total, rest = _residual(jnp.zeros_like(matrix[:, 0]), matrix, x, jnp.zeros_like(x))
+    return two_sum(-total, -rest)
+
+
+def _residual(rhs, matrix, x, x_rest):
     matrix_high, matrix_low = _split(matrix)
     x_high, x_low = _split(x)
     # Halves of 12 bits: these products are exact, with or without fused multiply-add.
@@ -57,7 +70,7 @@ def residual(
         half = terms.shape[1] // 2
         terms, lost = two_sum(terms[:, :half], terms[:, half:])
         rest = rest + jnp.sum(lost, axis=1)
-    return terms[:, 0] + rest
+    return terms[:, 0], rest
 
 
 def _split(x):

@@ -1,7 +1,7 @@
 """The methods once more, in float64 and from their definitions, on whole gradients."""
 
 import numpy as np
-from scipy.optimize import minimize, nnls
+from scipy.optimize import brentq, minimize, nnls
 
 
 def shortest_in_hull(grads):
@@ -83,6 +83,37 @@ def hull_weights(gramian):
     target = np.append(np.zeros(len(gramian)), 1.0)
     weights = nnls(system, target, maxiter=100_000)[0] / lengths
     return weights / weights.sum()
+
+
+def conflict_averse_weights(gramian, c, selection=None):
+    """CAGrad's weights before rescaling: the hull of the gradients plus rho u_0."""
+    selection = c if selection is None else selection
+    gain = gramian.mean(axis=0)
+    length = np.sqrt(gain.mean())
+    lengths = np.sqrt(np.diag(gramian))
+
+    def correction(rho):
+        mixed = rho / length * (gain[:, None] + gain[None, :])
+        weights = hull_weights(gramian + mixed + rho**2)
+        return weights, np.sqrt(weights @ gramian @ weights)
+
+    log_rho = brentq(
+        lambda log_rho: log_rho + np.log(selection / correction(np.exp(log_rho))[1]),
+        np.log(lengths.min()) - 12.0,
+        np.log(lengths.max() / selection) + 1.0,
+        xtol=1e-12,
+    )
+    weights, norm = correction(np.exp(log_rho))
+    return 1 / len(gramian) + c * length / norm * weights
+
+
+def imbalance_sensitive_weights(gramian, c):
+    """IMGrad's weights before rescaling."""
+    shortest = hull_weights(gramian)
+    square = shortest @ gramian @ shortest
+    gain = gramian.mean(axis=0)
+    gamma = shortest @ gain / np.sqrt(square * gain.mean())
+    return conflict_averse_weights(gramian, c, c * gamma / (1.5 - gamma))
 
 
 def dual_cone_weights(gramian, wanted, reg_eps):

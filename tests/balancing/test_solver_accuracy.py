@@ -7,6 +7,7 @@ import pytest
 
 import mtjax
 from mtjax.balancing import (
+    conflict_averse_weights,
     fair_weights,
     min_norm_weights,
     project_on_dual_cone,
@@ -29,6 +30,7 @@ def all_weights(gramian):
     mean = jnp.full(len(gramian), 1 / len(gramian), jnp.float32)
     return {
         "mgda": min_norm_weights(gramian),
+        "cagrad": conflict_averse_weights(gramian, jnp.ones(len(gramian), bool), 0.5),
         "dualproj": project_on_dual_cone(gramian, mean, 1e-4),
         "upgrad": projection_weights(gramian, mean, 1e-4),
         "nash": fair_weights(gramian),
@@ -47,6 +49,7 @@ def test_weights_are_those_of_float64_solvers(size):
         exact = gramian.astype(np.float64)
         expected = {
             "mgda": references.hull_weights(exact),
+            "cagrad": references.conflict_averse_weights(exact, 0.5),
             "dualproj": references.dual_cone_weights(
                 exact, np.full(size, 1 / size), 1e-4
             ),
