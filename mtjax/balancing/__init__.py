@@ -23,6 +23,7 @@ from mtjax.balancing.grad_norm_weights import grad_norm_weights
 from mtjax.balancing.graddrop import GradDropState, graddrop
 from mtjax.balancing.gradnorm import GradNormState, gradnorm
 from mtjax.balancing.gradvac import GradVacState, gradvac
+from mtjax.balancing.imgrad import imbalance_sensitive_weights, imgrad
 from mtjax.balancing.imtl import imtl
 from mtjax.balancing.imtl_g import imtl_g
 from mtjax.balancing.imtl_l import IMTLLState, imtl_l
@@ -108,6 +109,8 @@ __all__ = [
     "gradnorm",
     "gradvac",
     "gramian_balancer",
+    "imbalance_sensitive_weights",
+    "imgrad",
     "imtl",
     "imtl_g",
     "imtl_l",

@@ -60,17 +60,22 @@ def cagrad(
       :math:`\nu` whose projection lies on the ball. Where no direction improves all
       tasks and that of `dualproj` lies inside the ball, it is taken.
     """
-    if c < 0:
-        raise ValueError(f"`c` must not be negative, got {c}.")
-    if rescale not in (0, 1, 2):
-        raise ValueError(f"`rescale` must be 0, 1 or 2, got {rescale}.")
-    divisor = (1.0, 1.0 + c**2, 1.0 + c)[rescale]
+    divisor = check_ball(c, rescale)
 
     def weigh(gramian, step):
         weights, _ = conflict_averse_weights(gramian, step.present, c)
         return weights / divisor
 
     return gramian_balancer("cagrad", weigh)
+
+
+def check_ball(c: float, rescale: int) -> float:
+    """What the direction is divided by; ValueError if an argument is out of range."""
+    if c < 0:
+        raise ValueError(f"`c` must not be negative, got {c}.")
+    if rescale not in (0, 1, 2):
+        raise ValueError(f"`rescale` must be 0, 1 or 2, got {rescale}.")
+    return (1.0, 1.0 + c**2, 1.0 + c)[rescale]
 
 
 @full_precision

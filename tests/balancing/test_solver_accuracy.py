@@ -9,6 +9,7 @@ import mtjax
 from mtjax.balancing import (
     conflict_averse_weights,
     fair_weights,
+    imbalance_sensitive_weights,
     min_norm_weights,
     project_on_dual_cone,
     projection_weights,
@@ -28,9 +29,11 @@ DEPENDENT = (matrices.low_rank, matrices.duplicated, matrices.agreeing_low_rank)
 
 def all_weights(gramian):
     mean = jnp.full(len(gramian), 1 / len(gramian), jnp.float32)
+    present = jnp.ones(len(gramian), bool)
     return {
         "mgda": min_norm_weights(gramian),
-        "cagrad": conflict_averse_weights(gramian, jnp.ones(len(gramian), bool), 0.5),
+        "cagrad": conflict_averse_weights(gramian, present, 0.5),
+        "imgrad": imbalance_sensitive_weights(gramian, present, 0.5),
         "dualproj": project_on_dual_cone(gramian, mean, 1e-4),
         "upgrad": projection_weights(gramian, mean, 1e-4),
         "nash": fair_weights(gramian),
@@ -50,6 +53,7 @@ def test_weights_are_those_of_float64_solvers(size):
         expected = {
             "mgda": references.hull_weights(exact),
             "cagrad": references.conflict_averse_weights(exact, 0.5),
+            "imgrad": references.imbalance_sensitive_weights(exact, 0.5),
             "dualproj": references.dual_cone_weights(
                 exact, np.full(size, 1 / size), 1e-4
             ),
