@@ -31,12 +31,15 @@ class Worker:
         """
         errors, name = tempfile.mkstemp()
         self._errors = Path(name)
+        # Several processes share a GPU: none may take its memory beforehand.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
             [python, str(_WORKERS / f"{script}.py"), json.dumps(cell)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            env=environment,
         )
         os.close(errors)
         self.facts: dict = {}

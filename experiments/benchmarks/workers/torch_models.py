@@ -164,6 +164,8 @@ def make_problem(model: str, tasks: int, batch: int, width: int) -> Problem:
     """A model by name ("mlp", "resnet", "vit") and random regression data."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # On GPUs JAX rounds the inputs of products to 19 bits, and PyTorch may too.
+    torch.backends.cuda.matmul.allow_tf32 = True
     trunk = {"mlp": mlp, "resnet": resnet, "vit": vit}[model](width).to(device)
     shape = (batch, 512) if model == "mlp" else (batch, 3, 32, 32)
     x, y = (
