@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from mtjax.balancing.balancer import balancer
+
+# Above, a network of comparisons takes longer to compile than it saves.
+_NETWORK = 12
 
 
 def trimmed_mean(*, trim: int = 1) -> optax.GradientTransformationExtraArgs:
@@ -51,10 +55,28 @@ def trimmed_mean(*, trim: int = 1) -> optax.GradientTransformationExtraArgs:
             if not is_shared:
                 return jnp.sum(jnp.where(present, rows, 0), axis=0)
             # Absent tasks go behind the largest entry.
-            ordered = jnp.sort(jnp.where(present, rows, jnp.inf), axis=0)
+            ordered = _ascending(jnp.where(present, rows, jnp.inf))
             ordered = jnp.where(over(kept), ordered, 0).astype(jnp.float32)
             return (jnp.sum(ordered, axis=0) / count).astype(rows.dtype)
 
         return jax.tree.map(reduce, grads.stack(), grads.shared), state
 
     return balancer("trimmed_mean", lambda params: optax.EmptyState(), update)
+
+
+def _ascending(rows: Float[Array, "tasks ..."]) -> Float[Array, "tasks ..."]:
+    """Sorts every column; NaN comes last.
+
+    A few rows are sorted as a whole, by swaps of neighbours: on a CPU that is ten times
+    as fast as `jnp.sort`, which sorts column by column.
+    """
+    size = len(rows)
+    if size > _NETWORK:
+        return jnp.sort(rows, axis=0)
+    row = list(rows)
+    for turn in range(size):
+        for i in range(turn % 2, size - 1, 2):
+            a, b = row[i], row[i + 1]
+            swap = (a > b) | jnp.isnan(a)
+            row[i], row[i + 1] = jnp.where(swap, b, a), jnp.where(swap, a, b)
+    return jnp.stack(row)
