@@ -38,6 +38,7 @@ from mtjax.balancing.mtadam import MTAdamState, mtadam
 from mtjax.balancing.nash_mtl import NashMTLState, nash_mtl
 from mtjax.balancing.ntk_weights import ntk_traces, ntk_weights
 from mtjax.balancing.pbi import pbi
+from mtjax.balancing.pcd import PCDState, pcd, prioritised_weights
 from mtjax.balancing.pcgrad import PCGradState, pcgrad
 from mtjax.balancing.rlw import RLWState, rlw
 from mtjax.balancing.rotations import init_rotations, rotated
@@ -74,6 +75,7 @@ __all__ = [
     "MoCoState",
     "MoDoState",
     "NashMTLState",
+    "PCDState",
     "PCGradState",
     "RLWState",
     "RotoGradState",
@@ -129,7 +131,9 @@ __all__ = [
     "ntk_traces",
     "ntk_weights",
     "pbi",
+    "pcd",
     "pcgrad",
+    "prioritised_weights",
     "project_on_dual_cone",
     "projection_weights",
     "rlw",

@@ -257,6 +257,23 @@ def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{argument}` must be one of {choices}, got {value!r}.")
 
 
+def check_task(argument: str, task: str | int, num_tasks: int) -> None:
+    """Raises ValueError if a place among the tasks is none; names are not known yet."""
+    if not isinstance(task, str) and not 0 <= task < num_tasks:
+        raise ValueError(
+            f"`{argument}` must be a task's name or a place from 0 to {num_tasks - 1}, "
+            f"got {task}."
+        )
+
+
+def place_of(argument: str, task: str | int, tasks: tuple[str, ...]) -> int:
+    """The place of a task that is given by name or place; ValueError if unknown."""
+    if not isinstance(task, str):
+        return task
+    check_choice(argument, task, tasks)
+    return tasks.index(task)
+
+
 def check_preference(
     preference: ArrayLike | Sequence[float | int], num_tasks: int | None = None
 ) -> Float[np.ndarray, " tasks"]:

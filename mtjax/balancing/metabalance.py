@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from mtjax.balancing.balancer import balancer, check_choice
+from mtjax.balancing.balancer import balancer, check_choice, check_task, place_of
 from mtjax.balancing.task_rows import per_row, present_rows, row_sums
 from mtjax.gradients import TaskGradients
 
@@ -75,22 +75,14 @@ def metabalance(
     if not 0.0 <= beta < 1.0:
         raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
     check_choice("strategy", strategy, ("both", "reduce", "enlarge"))
-    if not isinstance(target, str) and not 0 <= target < num_tasks:
-        raise ValueError(
-            f"`target` must be a task's name or a place from 0 to {num_tasks - 1}, got "
-            f"{target}."
-        )
+    check_task("target", target, num_tasks)
 
     def init(params):
         zeros = lambda: jnp.zeros(num_tasks, jnp.float32)
         return MetaBalanceState(jax.tree.map(lambda _: zeros(), params), zeros())
 
     def update(grads, state, step):
-        if isinstance(target, str):
-            check_choice("target", target, grads.tasks)
-            place = grads.tasks.index(target)
-        else:
-            place = target
+        place = place_of("target", target, grads.tasks)
         rows = present_rows(grads, step.present)
         # In units of the largest entry, so that no square overflows.
         norms = jax.tree.map(_norms, rows)

@@ -1,7 +1,7 @@
 """More aggregators in float64, from their definitions, on whole gradients."""
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 
 
 def vaccine(grads, orders, rho_bar, beta):
@@ -100,3 +100,21 @@ def best_in_cone(grads, c):
         for start in np.random.default_rng(0).uniform(size=(3, len(grads)))
     ]
     return scale * min(solutions)
+
+
+def prioritised(grads, norms, tau):
+    """PCD's direction for the first row, given the norms that normalise the rows.
+
+    The shortest change of the first that keeps the promises to the others, by Lawson
+    and Hanson's least-distance programming. None if they contradict each other.
+    """
+    units = grads / norms[:, None]
+    rows, wanted = units[1:], tau * np.sum(units[1:] ** 2, axis=1)
+    system = np.vstack([rows.T, wanted - rows @ units[0]])
+    target = np.append(np.zeros(grads.shape[1]), 1.0)
+    multipliers, distance = nnls(system, target, maxiter=10_000)
+    if distance < 1e-6:
+        return None
+    rest = system @ multipliers - target
+    direction = units[0] - rest[:-1] / rest[-1]
+    return np.linalg.norm(grads[0]) * direction / np.linalg.norm(direction)

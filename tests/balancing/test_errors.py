@@ -22,6 +22,11 @@ BAD_HYPERPARAMETERS = [
     (lambda: mtjax.cagrad(rescale=3), "`rescale` must be 0, 1 or 2", "3"),
     (lambda: mtjax.imgrad(c=-0.5), "`c` must not be negative", "-0.5"),
     (lambda: mtjax.imgrad(rescale=4), "`rescale` must be 0, 1 or 2", "4"),
+    (lambda: mtjax.pcd(2, 2), "`primary` must be a task's name or a place", "2"),
+    (lambda: mtjax.pcd(2, 0, tau=1.5), r"`tau` must be in \[0, 1\]", "1.5"),
+    (lambda: mtjax.pcd(2, 0, tau=[0.1, 0.2]), "`tau` must be a number or.*1 sec", "2,"),
+    (lambda: mtjax.pcd(2, 0, beta=1.0), r"`beta` must be in \[0, 1\)", "1.0"),
+    (lambda: mtjax.pcd(2, 0, eps=-1.0), "`eps` must not be negative", "-1"),
     (lambda: mtjax.nash_mtl(2, max_norm=0.0), "`max_norm` must be positive", "0"),
     (lambda: mtjax.nash_mtl(2, update_every=0), "`update_every` must be at", "0"),
     (lambda: mtjax.upgrad(reg_eps=0.0), "`reg_eps` must be positive", "0"),
@@ -93,6 +98,11 @@ BAD_CALLS = [
         lambda: mtjax.upgrad(preference=[1.0]),
         {},
         r"`preference` must have one entry for each of the 2 tasks, got shape \(1,\)",
+    ),
+    (
+        lambda: mtjax.pcd(2, "depth"),
+        {"losses": named(a=1.0, b=1.0)},
+        r"`primary` must be one of \('a', 'b'\), got 'depth'",
     ),
     (
         mtjax.equal,
