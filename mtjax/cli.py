@@ -69,9 +69,10 @@ def list_all() -> None:
     from mtjax.data import problem_names
 
     console = Console()
-    table = Table("method", "looks at", "idea", title="Methods (--methods)")
+    columns = ("method", "looks at", "needs", "idea")
+    table = Table(*columns, title="Methods (--methods)")
     for name, method in METHODS.items():
-        table.add_row(name, method.kind, method.idea)
+        table.add_row(name, method.kind, method.needs, method.idea)
     console.print(table)
     console.print(f"Problems (--data): {', '.join(problem_names())}")
     data_list()

@@ -32,7 +32,8 @@ def test_help_teaches(capsys):
 def test_list_shows_methods_problems_and_data(capsys):
     status, out, _ = run(capsys, "list")
     assert status == 0
-    for word in ("nash_mtl", "Gramian", "multi_mnist", "census_income_kdd"):
+    words = ("nash_mtl", "Gramian", "held-out data", "2 further", "multi_mnist")
+    for word in (*words, "census_income_kdd"):
         assert word in out
 
 
@@ -81,14 +82,16 @@ def test_prepare_then_train(capsys, tmp_path):
     )
     assert status == 0
     assert "Prepared" in out
-    flags = ["--steps", "4", "--seeds", "2", "--methods", "equal", "--no-single-task"]
+    methods = ["--methods", "equal", "modo", "auto_lambda"]
+    flags = ["--steps", "4", "--seeds", "2", "--no-single-task", *methods]
     status, out, _ = run(
         capsys,
         *["train", "--data", "energy_efficiency", *data, *flags],
         *["--out", str(tmp_path / "run")],
     )
     assert status == 0
-    assert "rmse" in out
+    for word in ("rmse", "modo", "auto_lambda"):
+        assert word in out
 
 
 def test_prepare_without_the_files_says_which(capsys, tmp_path):

@@ -18,7 +18,7 @@ class Config:
       seeds: number of seeds, at least 1.
       steps: training steps of each run.
       batch_size: examples per step.
-      learning_rate: of Adam, the same for all methods.
+      learning_rate: of Adam, or what a method has in its place; the same for all.
       eval_every: steps between evaluations; a tenth of the steps if not given.
       save_every: steps between checkpoints; none if not given. Finished runs are kept
         in any case, and a second start goes on behind them.

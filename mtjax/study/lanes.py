@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from mtjax.training import TrainState
+from mtjax.training.step import StepFn
 
 # All lanes take their steps together, so that they share the counter.
 LANE_AXES = TrainState(
     params=0, opt_state=0, model_state=None, key=0, step=None, skipped=0
 )
+
+
+def in_lanes(step: StepFn) -> StepFn:
+    """A step of all lanes at once, on the same data."""
+    return jax.vmap(step, in_axes=(LANE_AXES, None), out_axes=(LANE_AXES, 0))
 
 
 def stack_lanes(states: Sequence[TrainState]) -> TrainState:

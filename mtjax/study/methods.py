@@ -7,6 +7,7 @@ from typing import NamedTuple
 import optax
 
 import mtjax.balancing as balancing
+from mtjax.transforms import sam, samo, scale_by_weighting, task_sam
 
 
 class Method(NamedTuple):
@@ -14,21 +15,41 @@ class Method(NamedTuple):
 
     Attributes:
       make: `make(num_tasks, steps_per_epoch) -> balancer`.
-      kind: what it looks at: "losses", "Gramian" or "gradients".
+      kind: what it looks at: "losses", "losses nearby", "held-out losses", "Gramian" or
+        "gradients".
       idea: one line.
+      further: how many further batches it needs in every step.
+      held_out: whether it needs data that are held out from training.
+      optimizer: what stands behind it, made of a learning rate.
     """
 
     make: Callable[[int, int], optax.GradientTransformationExtraArgs]
     kind: str
     idea: str
+    further: int = 0
+    held_out: bool = False
+    optimizer: Callable[..., optax.GradientTransformation] = optax.adam
+
+    @property
+    def needs(self) -> str:
+        """What it needs beside a batch, in words; mostly nothing."""
+        if self.held_out:
+            return "held-out data"
+        return f"{self.further} further batches" if self.further else ""
 
 
-def _idea(factory: Callable[..., object]) -> str:
-    return (factory.__doc__ or "").strip().splitlines()[0]
+def _method(factory: Callable[..., object], kind: str, make, **needs) -> Method:
+    idea = (factory.__doc__ or "").strip().splitlines()[0]
+    return Method(make, kind, idea, **needs)
 
 
-def _method(factory, kind, make) -> Method:
-    return Method(make, kind, _idea(factory))
+def _of_logs(factory: Callable[[], optax.GradientTransformation], name: str) -> Method:
+    def make(num_tasks, steps_per_epoch):
+        del num_tasks, steps_per_epoch
+        logs = scale_by_weighting(balancing.scale_invariant())
+        return optax.chain(logs, factory())
+
+    return Method(make, "Gramian", f"{name} of the logarithms of the losses.")
 
 
 METHODS: dict[str, Method] = {
@@ -59,12 +80,22 @@ METHODS: dict[str, Method] = {
         "Gramian",
         lambda k, n: balancing.grad_norm_weights(k),
     ),
+    "rotograd": _method(
+        balancing.rotograd, "Gramian", lambda k, n: balancing.rotograd(k)
+    ),
     "excess_mtl": _method(
         balancing.excess_mtl, "gradients", lambda k, n: balancing.excess_mtl(k)
     ),
     "pcgrad": _method(balancing.pcgrad, "Gramian", lambda k, n: balancing.pcgrad()),
     "mgda": _method(balancing.mgda, "Gramian", lambda k, n: balancing.mgda()),
+    "log_mgda": _of_logs(balancing.mgda, "MGDA"),
+    "cr_mogm": _method(
+        balancing.cr_mogm,
+        "Gramian",
+        lambda k, n: balancing.cr_mogm(balancing.mgda(), k),
+    ),
     "cagrad": _method(balancing.cagrad, "Gramian", lambda k, n: balancing.cagrad()),
+    "log_cagrad": _of_logs(balancing.cagrad, "CAGrad"),
     "nash_mtl": _method(
         balancing.nash_mtl, "Gramian", lambda k, n: balancing.nash_mtl(k)
     ),
@@ -77,6 +108,7 @@ METHODS: dict[str, Method] = {
     ),
     "gradvac": _method(balancing.gradvac, "Gramian", lambda k, n: balancing.gradvac(k)),
     "imtl_g": _method(balancing.imtl_g, "Gramian", lambda k, n: balancing.imtl_g()),
+    "log_imtl_g": _of_logs(balancing.imtl_g, "IMTL-G"),
     "config": _method(balancing.config, "Gramian", lambda k, n: balancing.config()),
     "aligned_mtl": _method(
         balancing.aligned_mtl, "Gramian", lambda k, n: balancing.aligned_mtl()
@@ -94,8 +126,54 @@ METHODS: dict[str, Method] = {
         balancing.trimmed_mean, "gradients", lambda k, n: balancing.trimmed_mean()
     ),
     "db_mtl": _method(balancing.db_mtl, "gradients", lambda k, n: balancing.db_mtl(k)),
+    "metabalance": _method(
+        balancing.metabalance, "gradients", lambda k, n: balancing.metabalance(k, 0)
+    ),
+    "mtadam": _method(
+        balancing.mtadam,
+        "gradients",
+        lambda k, n: balancing.mtadam(k),
+        optimizer=optax.sgd,
+    ),
+    "modo": _method(
+        balancing.modo, "Gramian", lambda k, n: balancing.modo(k), further=2
+    ),
+    "sdmgrad": _method(
+        balancing.sdmgrad, "Gramian", lambda k, n: balancing.sdmgrad(k), further=2
+    ),
+    "auto_lambda": _method(
+        balancing.auto_lambda,
+        "held-out losses",
+        lambda k, n: balancing.auto_lambda(k),
+        held_out=True,
+    ),
+    "moml": _method(
+        balancing.moml,
+        "held-out losses",
+        lambda k, n: balancing.moml(k),
+        held_out=True,
+    ),
+    "forum": _method(
+        balancing.forum,
+        "held-out losses",
+        lambda k, n: balancing.forum(k),
+        held_out=True,
+    ),
+    "sam": _method(
+        sam, "losses nearby", lambda k, n: optax.chain(sam(), balancing.equal())
+    ),
+    "samo": _method(
+        samo, "losses nearby", lambda k, n: optax.chain(samo(), balancing.equal())
+    ),
+    "task_sam": _method(
+        task_sam, "losses nearby", lambda k, n: task_sam(balancing.equal())
+    ),
 }
-"""All balancers with their published defaults, in the order of their cost."""
+"""All balancers with their published defaults, in the order of their cost.
+
+`metabalance` serves the first task, `cr_mogm` stands around MGDA, `rotograd` does
+without rotations, and the sharpness-aware ones stand before the plain sum.
+"""
 
 
 def check_methods(names: tuple[str, ...]) -> None:

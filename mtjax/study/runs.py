@@ -11,16 +11,11 @@ import jax
 import optax
 
 from mtjax.study.config import Config
-from mtjax.study.lanes import LANE_AXES, lane_params, stack_lanes
+from mtjax.study.lanes import in_lanes, lane_params, stack_lanes
 from mtjax.study.methods import METHODS
 from mtjax.study.setting import Setting
-from mtjax.training import (
-    Checkpoints,
-    JsonlLogger,
-    TrainState,
-    fit,
-    make_train_step,
-)
+from mtjax.study.step import make_step
+from mtjax.training import Checkpoints, JsonlLogger, TrainState, fit
 from mtjax.training.commit import write_atomically
 
 
@@ -36,18 +31,15 @@ class Runs:
         self._config = config
         self._setting = setting
         steps_per_epoch = max(1, setting.size // config.batch_size)
-        balancer = METHODS[method].make(len(setting.tasks), steps_per_epoch)
-        self._tx = optax.chain(balancer, optax.adam(config.learning_rate))
-        self._step = make_train_step(setting.losses_fn, self._tx, with_key=True)
+        chosen = METHODS[method]
+        self._data = setting.data_for(chosen)
+        balancer = chosen.make(len(setting.tasks), steps_per_epoch)
+        self._tx = optax.chain(balancer, chosen.optimizer(config.learning_rate))
+        self._step = make_step(setting, chosen, self._tx)
         on_cpu = jax.default_backend() == "cpu"
         self._vmapped = config.seeds > 1 and not (on_cpu and setting.convolves)
         if self._vmapped:
-            self._step = jax.jit(
-                jax.vmap(
-                    self._step, in_axes=(LANE_AXES, None), out_axes=(LANE_AXES, 0)
-                ),
-                donate_argnums=0,
-            )
+            self._step = jax.jit(in_lanes(self._step), donate_argnums=0)
 
     def results(
         self, folder: Path, on_progress: Callable[[int], None]
@@ -78,7 +70,7 @@ class Runs:
 
     def step(self, state: TrainState) -> TrainState:
         """One training step, for timing; the state is donated."""
-        return self._step(state, self._setting.data)[0]
+        return self._step(state, self._data)[0]
 
     def _groups(self) -> list[list[int]]:
         seeds = list(range(self._config.seeds))
@@ -122,7 +114,7 @@ class Runs:
             state, history = fit(
                 self._initial(seeds),
                 self._step,
-                itertools.repeat(setting.data),
+                itertools.repeat(self._data),
                 num_steps=config.steps,
                 evaluate=evaluate,
                 eval_every=config.evaluation_period,

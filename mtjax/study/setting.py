@@ -13,11 +13,13 @@ from mtjax.data import Problem, Task
 from mtjax.gradients import value_and_task_grads
 from mtjax.losses import masked_mean
 from mtjax.nn import MLP, LeNet, SharedBottom
+from mtjax.study.methods import Method
 from mtjax.training import ACCURACY, RMSE, ROC_AUC, Metric, score
 
 _METRICS = {"classification": ACCURACY, "binary": ROC_AUC, "regression": RMSE}
 _CHUNK = 4096  # examples per evaluation call: bounds memory on large sets
 _PROBES = 4  # batches on which conflict is measured, the same for all methods
+_HELD_OUT = 5  # every fifth training example, for methods that need held-out data
 
 
 def metric_of(task: Task) -> Metric:
@@ -72,6 +74,23 @@ class Setting:
         self.losses_fn: Callable[..., dict[str, jax.Array]] = losses_fn
         self._conflict = conflict
         self.init = jax.jit(lambda key: self._model.init(key, self.data["inputs"][:1]))
+
+    def data_for(self, method: Method) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What a method trains on, and what is held out from it if it needs that.
+
+        Held-out data are every fifth training example. The validation part will not do:
+        it chooses learning rates, so nothing may be learnt on it.
+        """
+        if not method.held_out:
+            return self.data, None
+        if self.size < 2:
+            raise ValueError(
+                "Held-out data need at least 2 training examples, got "
+                f"{self.size}; use more `examples` or another method."
+            )
+        chosen = np.arange(self.size) % _HELD_OUT == 0
+        take = lambda rows: jax.tree.map(lambda x: x[rows], self.data)
+        return take(~chosen), take(chosen)
 
     def losses(self, params: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Mean loss of each task over the examples that have its label."""

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtjax.study.lanes import LANE_AXES, lane_params, stack_lanes
+from mtjax.study.lanes import in_lanes, lane_params, stack_lanes
 from mtjax.study.methods import METHODS
 from mtjax.study.setting import Setting, metric_of
-from mtjax.training import TrainState, make_train_step
+from mtjax.study.step import make_step
+from mtjax.training import TrainState
 
 
 class Sweep:
-    """Every pair of a learning rate of Adam and a seed is a lane of one `vmap`.
+    """Every pair of a learning rate and a seed is a lane of one `vmap`.
 
     The learning rate is a number in the state, so that one compilation serves a whole
     sweep: on small models compiling takes longer than training. For dense models only;
@@ -37,11 +38,12 @@ class Sweep:
         """Builds balancer, optimizer and step; nothing is compiled yet."""
         self.lanes = list(itertools.product(learning_rates, range(seeds)))
         self._setting = setting
-        balancer = METHODS[method].make(len(setting.tasks), steps_per_epoch)
-        adam = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
-        self._tx = optax.chain(balancer, adam)
-        step = make_train_step(setting.losses_fn, self._tx, with_key=True)
-        step = jax.vmap(step, in_axes=(LANE_AXES, None), out_axes=(LANE_AXES, 0))
+        chosen = METHODS[method]
+        self._data = setting.data_for(chosen)
+        optimizer = optax.inject_hyperparams(chosen.optimizer)(learning_rate=1.0)
+        balancer = chosen.make(len(setting.tasks), steps_per_epoch)
+        self._tx = optax.chain(balancer, optimizer)
+        step = in_lanes(make_step(setting, chosen, self._tx))
 
         @jax.jit
         def advance(state, data, steps):
@@ -62,7 +64,7 @@ class Sweep:
 
     def advance(self, state: TrainState, steps: int) -> TrainState:
         """Takes so many steps in every lane; any number uses the same program."""
-        return self._advance(state, self._setting.data, steps)
+        return self._advance(state, self._data, steps)
 
     def results(self, steps: int) -> list[dict[str, Any]]:
         """Trains all lanes and measures them.

@@ -151,7 +151,7 @@ def test_an_interrupted_study_goes_on_and_gives_the_same_numbers(
 def test_checkpoints_within_a_run_resume_exactly(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, save_every=1, methods=("mgda",))
     whole = run_study(config, tmp_path / "whole", progress=False)
-    original, calls = runs_module.make_train_step, []
+    original, calls = runs_module.make_step, []
 
     def breaking(*args, **kwargs):
         step = original(*args, **kwargs)
@@ -164,7 +164,7 @@ def test_checkpoints_within_a_run_resume_exactly(tmp_path, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(runs_module, "make_train_step", breaking)
+    monkeypatch.setattr(runs_module, "make_step", breaking)
     with pytest.raises(KeyboardInterrupt):
         run_study(config, tmp_path / "part", progress=False)
     resumed = run_study(config, tmp_path / "part", progress=False)
