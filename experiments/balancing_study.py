@@ -10,7 +10,7 @@ Command:  mtjax data prepare census_income_kdd/original --from FOLDER --data-dir
           mtjax data prepare mulan_mtr/jura --from FOLDER --data-dir DATA
           python experiments/balancing_study.py full --data-dir DATA
           (`quick` takes seconds and needs no data folder)
-Machine:  two CPU cores.    Minutes: 40.    Expect: docs/studies/balancing.md.
+Machine:  one CPU core.     Minutes: 60.    Expect: docs/studies/balancing.md.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Config:
     data: tuple[str, ...] = ("multi_mnist", "census_income_kdd", "mulan_mtr/jura")
     data_dir: Path | None = None  # folder of prepared data, for tables
     methods: tuple[str, ...] = tuple(METHODS)
-    learning_rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)  # of Adam
+    learning_rates: tuple[float, ...] = (1.25e-4, 5e-4, 2e-3, 8e-3)  # of Adam
     seeds: int = 5
     steps: int = 500
     batch_size: int = 64
