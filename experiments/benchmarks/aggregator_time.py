@@ -42,6 +42,7 @@ _PEERS = {
     "imtl_g": "IMTLG",
     "fair_grad": "FairGrad",
     "dualproj": "DualProj",
+    "pcd": "PCD",
     "krum": "Krum",
     "trimmed_mean": "TrimmedMean",
 }

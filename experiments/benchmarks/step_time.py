@@ -61,6 +61,7 @@ _PEERS: dict[str, tuple[str | None, str | None]] = {
     "aligned_mtl": ("AlignedMTL", None),
     "fair_grad": ("FairGrad", None),
     "dualproj": ("DualProj", None),
+    "pcd": ("PCD", None),
     "upgrad": ("UPGrad", None),
     "krum": ("Krum", None),
     "config": ("ConFIG", None),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import mtjax
+from tests.balancing.compositions import COMPOSITIONS
 from tests.balancing.loss_weightings import LOSS_WEIGHTINGS
 from tests.balancing.method import Method, claims, weighted
 
@@ -42,6 +43,21 @@ METHODS = (
         lambda k: mtjax.cagrad(),
         claims(),
         one_task=1.2,
+    ),
+    Method(
+        "imgrad()",
+        mtjax.imgrad,
+        lambda k: mtjax.imgrad(),
+        claims(),
+        one_task=1.2,
+    ),
+    Method(
+        "pcd(K, primary)",
+        mtjax.pcd,
+        # The loss that is multiplied is the primary task's; of those of the others the
+        # update itself does not depend.
+        lambda k: mtjax.pcd(k, min(k, 2) - 1),
+        claims(conflict="yes", scale_one="same direction", order="matters"),
     ),
     Method(
         "nash_mtl(K)",
@@ -244,6 +260,7 @@ METHODS = (
         ("stack",),
         one_task=0.5,
     ),
+    *COMPOSITIONS,
 )
 
 TASKS = tuple("abcdefghijklmnopqrstuvwxyz")

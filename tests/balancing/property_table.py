@@ -18,7 +18,9 @@ INTRODUCTION = """\
 <!-- Written by `python -m tests.balancing.property_table`; do not edit. -->
 
 Every balancer is an optax transform that stands before the optimizer, as in
-`optax.chain(mtjax.pcgrad(), optax.adamw(1e-3))`. K is the number of tasks.
+`optax.chain(mtjax.pcgrad(), optax.adamw(1e-3))`. K is the number of tasks, and `log`
+stands for `mtjax.scale_by_weighting(mtjax.scale_invariant())`: an aggregator behind it
+gets the gradients of the [logarithms of the losses](guide/composition.md).
 """
 
 COST = """\
