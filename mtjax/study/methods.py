@@ -96,6 +96,7 @@ METHODS: dict[str, Method] = {
     ),
     "cagrad": _method(balancing.cagrad, "Gramian", lambda k, n: balancing.cagrad()),
     "log_cagrad": _of_logs(balancing.cagrad, "CAGrad"),
+    "imgrad": _method(balancing.imgrad, "Gramian", lambda k, n: balancing.imgrad()),
     "nash_mtl": _method(
         balancing.nash_mtl, "Gramian", lambda k, n: balancing.nash_mtl(k)
     ),
@@ -103,6 +104,7 @@ METHODS: dict[str, Method] = {
     "dualproj": _method(
         balancing.dualproj, "Gramian", lambda k, n: balancing.dualproj()
     ),
+    "pcd": _method(balancing.pcd, "Gramian", lambda k, n: balancing.pcd(k, 0)),
     "fair_grad": _method(
         balancing.fair_grad, "Gramian", lambda k, n: balancing.fair_grad(k)
     ),
@@ -171,8 +173,8 @@ METHODS: dict[str, Method] = {
 }
 """All balancers with their published defaults, in the order of their cost.
 
-`metabalance` serves the first task, `cr_mogm` stands around MGDA, `rotograd` does
-without rotations, and the sharpness-aware ones stand before the plain sum.
+`metabalance` and `pcd` serve the first task, `cr_mogm` stands around MGDA, `rotograd`
+does without rotations, and the sharpness-aware ones stand before the plain sum.
 """
 
 
