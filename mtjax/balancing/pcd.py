@@ -68,6 +68,8 @@ def pcd(
       beta: factor of the moving averages in [0, 1).
       eps: not negative. A loss may be multiplied by any positive number as long as its
         squared gradient norm stays well above this; below, its task is promised less.
+        With 0 the units of the losses never matter: for gradients that may be tiny, as
+        inside `mtjax.task_sam`.
 
     Returns:
       A balancer with state. Averages of absent tasks stay, and an absent task is

@@ -124,6 +124,13 @@ def test_units_of_a_secondary_loss_do_not_matter():
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
+def test_without_eps_tiny_gradients_are_treated_like_large_ones():
+    grads = matrices.sample(matrices.conflicting, 5)
+    found, _ = updater(5, eps=0.0)(1e-8 * grads)
+    expected, _ = updater(5, eps=0.0)(grads)
+    np.testing.assert_allclose(1e8 * found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_absent_task_is_promised_nothing_and_keeps_its_average():
     grads = matrices.sample(matrices.conflicting, 3)
     update = updater(3)
