@@ -252,13 +252,11 @@ def _compact(term: Term) -> Rows:
 
 
 def _dot(a: Array, b: Array, spec: str) -> Array:
-    def dot(precision):
-        product = functools.partial(jnp.einsum, spec, precision=precision)
-        return functools.partial(product, preferred_element_type=jnp.float32)
-
-    exact = dot(jax.lax.Precision.HIGHEST)
+    dot = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    exact = functools.partial(dot, precision=jax.lax.Precision.HIGHEST)
     if jax.default_backend() != "gpu" or not a.dtype == b.dtype == jnp.float32:
         return exact(a, b)
     # As exact as products of float32, which leave the tensor cores of a GPU idle.
-    threefold = dot(jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    preset = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    threefold = functools.partial(dot, precision=preset)
     return jax.lax.platform_dependent(a, b, cuda=threefold, default=exact)
