@@ -10,7 +10,7 @@ Command:  mtjax data prepare census_income_kdd/original --from FOLDER --data-dir
           mtjax data prepare mulan_mtr/jura --from FOLDER --data-dir DATA
           python experiments/balancing_study.py full --data-dir DATA
           (`quick` takes seconds and needs no data folder)
-Machine:  one CPU core.     Minutes: 60.    Expect: docs/studies/balancing.md.
+Machine:  two CPU cores.   Minutes: 45.    Expect: docs/studies/balancing.md.
 """
 
 import dataclasses
