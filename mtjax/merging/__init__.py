@@ -1,0 +1,61 @@
+"""Merging: from fine-tuned models to one, on any pytrees."""
+
+from mtjax.merging.average import average
+from mtjax.merging.breadcrumbs import breadcrumbs
+from mtjax.merging.dare import dare
+from mtjax.merging.della import della, magprune
+from mtjax.merging.depth import depth_of_blocks
+from mtjax.merging.iso import iso_c, iso_cts
+from mtjax.merging.karcher import karcher
+from mtjax.merging.knots import knots
+from mtjax.merging.lines import lines
+from mtjax.merging.magmax import magmax
+from mtjax.merging.match import Mismatch, mismatches
+from mtjax.merging.merger import Leaf, Merger, Step, Total, chain
+from mtjax.merging.model_stock import model_stock
+from mtjax.merging.pcb import pcb
+from mtjax.merging.slerp import slerp
+from mtjax.merging.stream import Plan, merge_checkpoints
+from mtjax.merging.task_arithmetic import scale, task_arithmetic
+from mtjax.merging.ties import disjoint_mean, elect_sign, ties
+from mtjax.merging.trim import trim
+from mtjax.merging.tsv import tsv_m
+from mtjax.merging.vectors import merge, task_vectors
+from mtjax.merging.wudi import wudi
+
+__all__ = [
+    "Leaf",
+    "Merger",
+    "Mismatch",
+    "Plan",
+    "Step",
+    "Total",
+    "average",
+    "breadcrumbs",
+    "chain",
+    "dare",
+    "della",
+    "depth_of_blocks",
+    "disjoint_mean",
+    "elect_sign",
+    "iso_c",
+    "iso_cts",
+    "karcher",
+    "knots",
+    "lines",
+    "magmax",
+    "magprune",
+    "merge",
+    "merge_checkpoints",
+    "mismatches",
+    "model_stock",
+    "pcb",
+    "scale",
+    "slerp",
+    "task_arithmetic",
+    "task_vectors",
+    "ties",
+    "trim",
+    "tsv_m",
+    "wudi",
+]
