@@ -26,7 +26,7 @@ def average(weights: Sequence[float | int] | None = None) -> Merger:
       ValueError: if the weights add up to zero.
 
     References:
-      Wortsman et al., "Model Soups", ICML 2022.
+      Wortsman et al., "Model Soups", ICML, 2022.
     """
     given = None if weights is None else jnp.asarray(weights, jnp.float32)
     if given is not None and (given.ndim != 1 or jnp.sum(given) == 0):

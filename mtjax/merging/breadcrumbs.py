@@ -29,7 +29,7 @@ def breadcrumbs(
 
     References:
       Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with
-      Sparse Masks", ECCV 2024.
+      Sparse Masks", ECCV, 2024.
     """
     if not (0 <= outliers < 1 and 0 < density <= 1 - outliers + 1e-9):
         raise ValueError(

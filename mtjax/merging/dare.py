@@ -26,7 +26,7 @@ def dare(drop_rate: float = 0.9) -> Merger:
 
     References:
       Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous
-      Models as a Free Lunch", ICML 2024.
+      Models as a Free Lunch", ICML, 2024.
     """
     if not 0 <= drop_rate < 1:
         raise ValueError(f"`drop_rate` must be in [0, 1), got {drop_rate!r}.")

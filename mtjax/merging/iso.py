@@ -22,7 +22,7 @@ def iso_c(scale: float = 1.0, *, out_axis: int = -1) -> Merger:
 
     References:
       Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
-      Task-Specific Subspaces", ICML 2025.
+      Task-Specific Subspaces", ICML, 2025.
     """
 
     def merge(vectors):

@@ -23,7 +23,7 @@ def knots(merger: Merger, *, out_axis: int = -1) -> Merger:
       The method. Singular values are computed anew in every pass over the model.
 
     References:
-      Stoica et al., "Model Merging with SVD to Tie the Knots", ICLR 2025.
+      Stoica et al., "Model Merging with SVD to Tie the Knots", ICLR, 2025.
     """
 
     def basis(leaf: Leaf):

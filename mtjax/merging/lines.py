@@ -34,7 +34,7 @@ def lines(beta: float, alpha: float | None = None) -> Merger:
 
     References:
       Wang et al., "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances
-      Model Merging", ICLR 2025.
+      Model Merging", ICLR, 2025.
     """
 
     def sizes(leaf: Leaf):

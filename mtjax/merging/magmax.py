@@ -17,7 +17,7 @@ def magmax(scale: float = 1.0) -> Merger:
 
     References:
       Marczak et al., "MagMax: Leveraging Model Merging for Seamless Continual
-      Learning", ECCV 2024.
+      Learning", ECCV, 2024.
     """
 
     def apply(leaf: Leaf):

@@ -17,7 +17,7 @@ def model_stock() -> Merger:
 
     References:
       Jang et al., "Model Stock: All We Need Is Just a Few Fine-Tuned Models",
-      ECCV 2024.
+      ECCV, 2024.
     """
 
     def share(products, size):

@@ -30,7 +30,7 @@ def pcb(density: float = 0.1, scale: float = 1.2) -> Merger:
       ValueError: if the density is not in (0, 1].
 
     References:
-      Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024.
+      Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS, 2024.
     """
     if not 0 < density <= 1:
         raise ValueError(f"`density` must be in (0, 1], got {density!r}.")

@@ -34,7 +34,7 @@ def slerp(
       ValueError: if `on` is unknown; when merging, for other than two models.
 
     References:
-      Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985.
+      Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH, 1985.
     """
     if on not in ("weights", "task_vectors"):
         raise ValueError(f"`on` must be 'weights' or 'task_vectors', got {on!r}.")

@@ -27,7 +27,7 @@ def task_arithmetic(scale: float | Sequence[float | int] = 0.3) -> Merger:
       Array([0.5, 1. ], dtype=float32)
 
     References:
-      Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023.
+      Ilharco et al., "Editing Models with Task Arithmetic", ICLR, 2023.
     """
     weights = jnp.asarray(scale, jnp.float32)
     if weights.ndim > 1:

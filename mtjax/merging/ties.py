@@ -40,7 +40,7 @@ def ties(
 
     References:
       Yadav et al., "TIES-Merging: Resolving Interference When Merging Models",
-      NeurIPS 2023.
+      NeurIPS, 2023.
     """
     reductions = {"mean": disjoint_mean, "sum": _sum}
     if reduction not in reductions:

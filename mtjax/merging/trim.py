@@ -22,7 +22,7 @@ def trim(density: float, scope: Scope = "model") -> Merger:
       ValueError: if the density is not in (0, 1] or the scope unknown.
 
     References:
-      First step of Yadav et al., "TIES-Merging", NeurIPS 2023.
+      First step of Yadav et al., "TIES-Merging", NeurIPS, 2023.
     """
     if not 0 < density <= 1:
         raise ValueError(f"`density` must be in (0, 1], got {density!r}.")

@@ -24,7 +24,7 @@ def tsv_m(scale: float = 1.0, *, out_axis: int = -1) -> Merger:
 
     References:
       Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model
-      Merging", CVPR 2025.
+      Merging", CVPR, 2025.
     """
 
     def merge(vectors):

@@ -59,12 +59,15 @@ class Output:
         if begin + values.size == self._arrays[path].size:
             self._journal.write(json.dumps(path) + "\n")
             self._journal.flush()
+            self.done.add(path)
 
     def close(self) -> None:
-        """Closes the files; what was written stays for another attempt."""
+        """Closes the files; arrays that are complete stay for another attempt."""
         self._journal.close()
         while self._open:
             self._open.pop().close()
+        if not self.done and self._folder.exists():
+            shutil.rmtree(self._folder)
 
     def finish(self, copied_from: Path | None) -> None:
         """Puts the result in its place.

@@ -36,7 +36,7 @@ def wudi(
 
     References:
       Cheng et al., "Whoever Started the Interference Should End It: Guiding Data-Free
-      Model Merging via Task Vectors", ICML 2025.
+      Model Merging via Task Vectors", ICML, 2025.
     """
     if steps is not None and steps < 0:
         raise ValueError(f"`steps` must not be negative, got {steps!r}.")

@@ -52,14 +52,19 @@ def train(config: tyro.conf.OmitArgPrefixes[Config], out: Out) -> None:
 
 
 def list_all() -> None:
-    """Show the methods and the data there are."""
+    """Show the methods, the ways to merge and the data there are."""
     from mtjax.data import problem_names
+    from mtjax.merging.recipe import METHODS as MERGERS
 
     console = Console()
     columns = ("method", "looks at", "needs", "idea")
     table = Table(*columns, title="Methods (--methods)")
     for name, method in METHODS.items():
         table.add_row(name, method.kind, method.needs, method.idea)
+    console.print(table)
+    table = Table("method", "idea", title="mtjax merge --method")
+    for name, factory in MERGERS.items():
+        table.add_row(name, str(factory.__doc__).partition("\n")[0])
     console.print(table)
     console.print(f"Problems (--data): {', '.join(problem_names())}")
     data_list()

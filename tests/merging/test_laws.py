@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.merging import property_table
 from tests.merging.catalogue import KEY, METHODS, SHAPES, merged, models_like
 
 ONE = {"kernel": (6, 8)}
@@ -108,3 +109,9 @@ def test_says_when_the_base_is_missing(method):
             rtol=2e-5,
             atol=1e-5,
         )
+
+
+def test_page_is_up_to_date():
+    assert property_table.PAGE.read_text(encoding="utf-8") == property_table.page(), (
+        "Run `python -m tests.merging.property_table`."
+    )
