@@ -3,5 +3,6 @@
 from mtjax.nn.lenet import LeNet
 from mtjax.nn.mlp import MLP
 from mtjax.nn.shared_bottom import SharedBottom
+from mtjax.nn.vit import ViT
 
-__all__ = ["MLP", "LeNet", "SharedBottom"]
+__all__ = ["MLP", "LeNet", "SharedBottom", "ViT"]
