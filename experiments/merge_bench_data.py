@@ -74,6 +74,7 @@ def load_images(
     parts = [as_arrays(test)]
     missing = most - len(test)
     if missing > 0 and "train" in test.info.splits:
+        missing = min(missing, test.info.splits["train"].num_examples)
         train = tfds_source(SETS[task], f"train[:{missing}]", data_dir=data_dir)
         parts.append(as_arrays(train))
     images = np.concatenate([part["image"] for part in parts])[..., 0]

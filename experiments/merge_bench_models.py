@@ -44,7 +44,7 @@ class Config:
     slice_accuracy: float = 0.65  # mean on validation images that ends stage 0
     slice_steps: int = 2_000  # at most
     slice_learning_rate: float = 1e-3  # of AdamW
-    steps: int = 800  # of stage 1, per task
+    steps: int = 600  # of stage 1, per task
     learning_rate: float = 5e-4  # of AdamW, falls like a cosine
 
     @property
