@@ -5,16 +5,20 @@ from mtjax.merging.breadcrumbs import breadcrumbs
 from mtjax.merging.dare import dare
 from mtjax.merging.della import della, magprune
 from mtjax.merging.depth import depth_of_blocks
+from mtjax.merging.fisher import fisher_average, fisher_information
 from mtjax.merging.iso import iso_c, iso_cts
 from mtjax.merging.karcher import karcher
 from mtjax.merging.knots import knots
 from mtjax.merging.lines import lines
+from mtjax.merging.lora import lora_task_vector
 from mtjax.merging.magmax import magmax
 from mtjax.merging.match import Mismatch, mismatches
 from mtjax.merging.merger import Leaf, Merger, Step, Total, chain
 from mtjax.merging.model_stock import model_stock
 from mtjax.merging.pcb import pcb
+from mtjax.merging.regmean import regmean, regmean_plus_plus
 from mtjax.merging.slerp import slerp
+from mtjax.merging.soups import greedy_soup
 from mtjax.merging.stream import Plan, merge_checkpoints
 from mtjax.merging.task_arithmetic import scale, task_arithmetic
 from mtjax.merging.ties import disjoint_mean, elect_sign, ties
@@ -38,11 +42,15 @@ __all__ = [
     "depth_of_blocks",
     "disjoint_mean",
     "elect_sign",
+    "fisher_average",
+    "fisher_information",
+    "greedy_soup",
     "iso_c",
     "iso_cts",
     "karcher",
     "knots",
     "lines",
+    "lora_task_vector",
     "magmax",
     "magprune",
     "merge",
@@ -50,6 +58,8 @@ __all__ = [
     "mismatches",
     "model_stock",
     "pcb",
+    "regmean",
+    "regmean_plus_plus",
     "scale",
     "slerp",
     "task_arithmetic",

@@ -143,7 +143,9 @@ class CompressedTasks:
         partial.replace(target)
 
     @classmethod
-    def load(cls, file: str | os.PathLike[str], like: PyTree | None = None) -> "CompressedTasks":
+    def load(
+        cls, file: str | os.PathLike[str], like: PyTree | None = None
+    ) -> "CompressedTasks":
         """Reads what `save` wrote.
 
         Args:

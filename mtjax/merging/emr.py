@@ -57,7 +57,7 @@ def emr(
       Huang et al., "EMR-Merging: Tuning-Free High-Performance Model Merging", NeurIPS
       2024.
     """
-    vector = unified().vector(base, models, where=where)
+    vector = _UNIFIED.vector(base, models, where=where)
     masks, scales = {}, {}
     for task, model in by_name(models).items():
         own = task_vector(base, model, where=where)
@@ -81,6 +81,10 @@ def unified() -> Merger:
         return sign * reduce(jnp.maximum, jnp.unstack(agreeing))
 
     return step(apply)
+
+
+# One object: programs are compiled per object.
+_UNIFIED = unified()
 
 
 @jax.jit

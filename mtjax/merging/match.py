@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 Where = str | Callable[[str], bool] | None
@@ -136,7 +137,7 @@ def check_match(
 
 def _difference(reference, leaf) -> tuple[str, str] | None:
     detail = f"{_form(leaf)} in place of {_form(reference)}"
-    if tuple(leaf.shape) != tuple(reference.shape):
+    if np.shape(leaf) != np.shape(reference):
         return "shape", detail
     if _dtype(leaf) != _dtype(reference):
         both = is_float(leaf) and is_float(reference)
@@ -149,4 +150,4 @@ def _dtype(leaf):
 
 
 def _form(leaf) -> str:
-    return f"{_dtype(leaf).name}{list(leaf.shape)}"
+    return f"{_dtype(leaf).name}{list(np.shape(leaf))}"

@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 from mtjax.merging.checkpoint_files import Checkpoint
 from mtjax.merging.merger import Merger, Pieces, Source, leaf_key
 
-PIECE = 1 << 22  # elements merged at once where a method allows it
+PIECE = 1 << 20  # elements merged at once where a method allows it
 _INSIDE = 3  # pieces in memory at once: read, computed, written
 _ALIGNMENT = 64  # bytes; JAX takes such buffers on CPUs without copying
 

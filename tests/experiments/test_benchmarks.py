@@ -56,3 +56,17 @@ def test_an_interpreter_without_the_peer_is_the_same_as_none():
     output = output_of("aggregator_time", "quick", "--torchjd-python", sys.executable)
     assert "torchjd is left out" in output
     assert len(rows(output)) == 4
+
+
+@pytest.mark.slow
+def test_merge_throughput():
+    output = output_of("merge_throughput", "quick")
+    assert "mergekit is left out: give its command with --mergekit" in output
+    table = rows(output)
+    assert [row[0] for row in table] == [
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "dare_ties",
+    ]
+    assert all(float(cell) > 0 for row in table for cell in row[1:])
