@@ -84,3 +84,13 @@ def load_images(
         wide = jax.image.resize(images.astype(np.float32), shape, "linear")
         images = np.asarray(wide).round().astype(np.uint8)
     return images, labels
+
+
+def small_slice(data: dict[str, Splits], number: int) -> Splits:
+    """At most so many training images of each class, with their labels, by task."""
+    few = {}
+    for task, splits in data.items():
+        labels = splits["train"]["labels"]
+        rows = [np.flatnonzero(labels == c)[:number] for c in range(labels.max() + 1)]
+        few[task] = {k: x[np.concatenate(rows)] for k, x in splits["train"].items()}
+    return few

@@ -11,7 +11,6 @@ fine-tunes the encoder for each task by itself. Files in `out/seed_N` are safete
 """
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from experiments.merge_bench_data import SETS, TURNED, Splits, load_data
+from experiments.merge_bench_data import SETS, TURNED, Splits, load_data, small_slice
 from mtjax.nn import ViT
 
 Params = Any
@@ -103,9 +102,22 @@ class Bench:
         """
         return outputs(self.heads[task], features(self.model, params, images))
 
-    def accuracy(self, params: Params, task: str, split: str = "test") -> float:
-        """The fraction of images of a split that is classified correctly."""
-        part, right = self.data[task][split], 0
+    def accuracy(
+        self, params: Params, task: str, split: str = "test", most: int | None = None
+    ) -> float:
+        """The fraction of a split's images that is classified correctly.
+
+        Args:
+          params: of the encoder.
+          task: whose images and head.
+          split: which images.
+          most: only so many of them.
+
+        Returns:
+          A number from 0 to 1.
+        """
+        part = {name: x[:most] for name, x in self.data[task][split].items()}
+        right = 0
         for i in range(0, len(part["labels"]), 500):
             batch = {name: x[i : i + 500] for name, x in part.items()}
             right += int(_right(self.model, params, self.heads[task], batch))
@@ -174,25 +186,23 @@ def loss_of(model: ViT, size: int, encoder, heads, data, key) -> jax.Array:
 
     keys = jax.random.split(key, len(heads))
     batches = {task: batch(task, key) for task, key in zip(heads, keys)}
-    z = features(
-        model, encoder, jnp.concatenate([b["images"] for b in batches.values()])
-    )
-    parts = dict(zip(heads, jnp.split(z, len(heads))))
+    images = jnp.concatenate([b["images"] for b in batches.values()])
+    parts = jnp.split(features(model, encoder, images), len(heads))
     return sum(
-        entropy(outputs(heads[t], parts[t]), b["labels"]).mean()
-        for t, b in batches.items()
+        entropy(outputs(heads[t], z), batches[t]["labels"]).mean()
+        for t, z in zip(heads, parts)
     )
 
 
 def pretrain(config: Config, data: dict[str, Splits], key) -> Params:
     """Stage 0: `encoder` and `heads` that know a little of all tasks."""
-    few = {task: first_of_each_class(data[task]["train"], config) for task in data}
+    few, model = small_slice(data, config.slice_per_class), config.model
     init, key = jax.random.split(key)
-    encoder = config.model.init(init, jnp.zeros((1, 28, 28, 1)))["params"]
+    encoder = model.init(init, jnp.zeros((1, 28, 28, 1)))["params"]
     dense = jax.nn.initializers.lecun_normal()
     params = {"encoder": encoder, "heads": {}}
     for i, (task, part) in enumerate(few.items()):
-        shape = config.model.width, int(part["labels"].max()) + 1
+        shape = config.width, int(part["labels"].max()) + 1
         kernel = dense(jax.random.fold_in(init, i), shape)
         params["heads"][task] = {"kernel": kernel, "bias": jnp.zeros(shape[1])}
     tx = optax.adamw(config.slice_learning_rate, weight_decay=0.01)
@@ -201,32 +211,19 @@ def pretrain(config: Config, data: dict[str, Splits], key) -> Params:
     @jax.jit
     def some_steps(params, state, key):
         def step(carry, key):
-            loss = lambda p: loss_of(
-                config.model, config.batch_size, p["encoder"], p["heads"], few, key
-            )
+            size = config.batch_size
+            loss = lambda p: loss_of(model, size, p["encoder"], p["heads"], few, key)
             return descended(tx, loss, *carry), None
 
         return jax.lax.scan(step, (params, state), jax.random.split(key, every))[0]
 
     for i in range(config.slice_steps // every):
         params, state = some_steps(params, state, jax.random.fold_in(key, i))
-        bench = Bench(
-            config.tasks, params["encoder"], {}, params["heads"], data, config.model
-        )
+        bench = Bench(config.tasks, params["encoder"], {}, params["heads"], data, model)
         found = [bench.accuracy(bench.base, t, "validation") for t in config.tasks]
         if np.mean(found) >= config.slice_accuracy:
             break
     return params
-
-
-def first_of_each_class(part: Mapping[str, np.ndarray], config: Config):
-    """A small slice of training images with equally many of each class."""
-    labels = part["labels"]
-    rows = [
-        np.flatnonzero(labels == c)[: config.slice_per_class]
-        for c in range(labels.max() + 1)
-    ]
-    return {name: x[np.concatenate(rows)] for name, x in part.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
