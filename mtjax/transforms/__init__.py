@@ -5,6 +5,7 @@ from mtjax.transforms.freeze_absent import freeze_absent
 from mtjax.transforms.mt_adamw import mt_adamw
 from mtjax.transforms.normalize_by_task_norm import normalize_by_task_norm
 from mtjax.transforms.normalize_per_task import normalize_per_task
+from mtjax.transforms.project_orthogonal import project_orthogonal
 from mtjax.transforms.sam import sam
 from mtjax.transforms.samo import SAMOState, samo
 from mtjax.transforms.scale_by_mt_adam import MTAdamWState, scale_by_mt_adam
@@ -20,6 +21,7 @@ __all__ = [
     "mt_adamw",
     "normalize_by_task_norm",
     "normalize_per_task",
+    "project_orthogonal",
     "sam",
     "samo",
     "scale_by_mt_adam",
