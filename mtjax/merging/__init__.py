@@ -4,6 +4,7 @@ from mtjax.merging.average import average
 from mtjax.merging.breadcrumbs import breadcrumbs
 from mtjax.merging.dare import dare
 from mtjax.merging.della import della, magprune
+from mtjax.merging.delta_guided import delta_guided
 from mtjax.merging.depth import depth_of_blocks
 from mtjax.merging.fisher import fisher_average, fisher_information
 from mtjax.merging.iso import iso_c, iso_cts
@@ -39,6 +40,7 @@ __all__ = [
     "chain",
     "dare",
     "della",
+    "delta_guided",
     "depth_of_blocks",
     "disjoint_mean",
     "elect_sign",

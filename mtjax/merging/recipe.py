@@ -24,6 +24,7 @@ METHODS: dict[str, Callable[..., Merger]] = {
         merging.pcb,
         merging.magmax,
         merging.model_stock,
+        merging.delta_guided,
         merging.slerp,
         merging.karcher,
         merging.lines,

@@ -44,6 +44,7 @@ METHODS = [
     _method(merging.pcb),
     _method(merging.magmax),
     _method(merging.model_stock),
+    _method(merging.delta_guided),
     _method(merging.slerp, models=(2,)),
     _method(
         merging.slerp,

@@ -154,6 +154,26 @@ def test_model_stock():
         close(np.ravel(found), expected)
 
 
+def test_delta_guided():
+    sizes = np.abs(VECTORS)
+    expected = (sizes / sizes.sum(0) * VECTORS).sum(0)
+    close(vector(merging.delta_guided()), expected)
+    inverse = (1 / sizes / (1 / sizes).sum(0) * VECTORS).sum(0)
+    close(vector(merging.delta_guided(rule="inverse")), inverse, rtol=1e-4)
+    scaled = np.exp(sizes / sizes.max(0) / 0.5)
+    softmax = (scaled / scaled.sum(0) * VECTORS).sum(0)
+    close(vector(merging.delta_guided(rule="softmax", temperature=0.5)), softmax)
+    found = merging.delta_guided("tensor").vector(BASE, MODELS)
+    for path in PATHS:
+        rows = np.stack([np.ravel(m[path] - BASE[path]) for m in MODELS])
+        norms = np.linalg.norm(rows, axis=1)
+        close(np.ravel(found[path]), norms / norms.sum() @ rows)
+    # Who did not change counts for nothing, or, inversely, for everything.
+    close(vector(merging.delta_guided(), [BASE, MODELS[0]]), VECTORS[0])
+    still = vector(merging.delta_guided(rule="inverse"), [BASE, MODELS[0]])
+    close(still, 0 * still, atol=1e-6)
+
+
 def test_slerp():
     first, second = (flat(m) for m in MODELS[:2])
     for fraction in (0.0, 0.3, 1.0):
@@ -284,6 +304,9 @@ def test_a_convolution_is_a_matrix_with_a_row_per_output():
         (lambda: merging.slerp(on="biases"), "`on`"),
         (lambda: merging.iso_cts(common=0), "`common`"),
         (lambda: merging.wudi(-1), "`steps`"),
+        (lambda: merging.delta_guided("layer"), "`granularity`"),
+        (lambda: merging.delta_guided(rule="most"), "`rule`"),
+        (lambda: merging.delta_guided(temperature=0.0), "`temperature`"),
     ],
 )
 def test_parameters_are_checked_at_once(make, message):
