@@ -10,8 +10,9 @@ Commands: mtjax data prepare NAME --from FOLDER --data-dir DATA (for mnist, kmni
           python -m experiments.merge_bench full --data-dir DATA
           (`quick` takes a minute and needs no data; a second start takes models and
           numbers from the run folder, `--methods ties --again` measures one anew)
-Machine:  two CPU cores.    Minutes: 12.
-Expect:   see docs/studies/merge_bench.md.
+Machine:  two CPU cores.    Minutes: 50 beside much other work.
+Expect:   81 % of the individual models' accuracy at best, 78 % for the base; no method
+          beats the average. See docs/studies/merge_bench.md.
 """
 
 import json

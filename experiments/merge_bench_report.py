@@ -59,7 +59,7 @@ def bars(rows, number: int, untuned: Sequence[str]) -> Figure:
         ax.barh(m, found[m].mean(), color=color, alpha=0.8)
         ax.scatter(found[m], [m] * len(found[m]), color="black", s=8, zorder=3)
     for kind, color in palette.items():
-        ax.barh([], [], color=color, label=kind)
+        ax.scatter([], [], marker="s", color=color, alpha=0.8, label=kind)
     ax.set(xlabel="accuracy relative to the individual models, %")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
