@@ -2,10 +2,13 @@
 
 from mtjax.merging.average import average
 from mtjax.merging.breadcrumbs import breadcrumbs
+from mtjax.merging.coefficient import MergedModel, select_coefficient
+from mtjax.merging.compressed import CompressedTasks, apply_vector
 from mtjax.merging.dare import dare
 from mtjax.merging.della import della, magprune
 from mtjax.merging.delta_guided import delta_guided
 from mtjax.merging.depth import depth_of_blocks
+from mtjax.merging.emr import emr
 from mtjax.merging.fisher import fisher_average, fisher_information
 from mtjax.merging.iso import iso_c, iso_cts
 from mtjax.merging.karcher import karcher
@@ -13,6 +16,7 @@ from mtjax.merging.knots import knots
 from mtjax.merging.lines import lines
 from mtjax.merging.lora import lora_task_vector
 from mtjax.merging.magmax import magmax
+from mtjax.merging.masks import magnitude_mask
 from mtjax.merging.match import Mismatch, mismatches
 from mtjax.merging.merger import Leaf, Merger, Step, Total, chain
 from mtjax.merging.model_stock import model_stock
@@ -29,12 +33,15 @@ from mtjax.merging.vectors import merge, task_vectors
 from mtjax.merging.wudi import wudi
 
 __all__ = [
+    "CompressedTasks",
     "Leaf",
+    "MergedModel",
     "Merger",
     "Mismatch",
     "Plan",
     "Step",
     "Total",
+    "apply_vector",
     "average",
     "breadcrumbs",
     "chain",
@@ -44,6 +51,7 @@ __all__ = [
     "depth_of_blocks",
     "disjoint_mean",
     "elect_sign",
+    "emr",
     "fisher_average",
     "fisher_information",
     "greedy_soup",
@@ -54,6 +62,7 @@ __all__ = [
     "lines",
     "lora_task_vector",
     "magmax",
+    "magnitude_mask",
     "magprune",
     "merge",
     "merge_checkpoints",
@@ -63,6 +72,7 @@ __all__ = [
     "regmean",
     "regmean_plus_plus",
     "scale",
+    "select_coefficient",
     "slerp",
     "task_arithmetic",
     "task_vectors",
