@@ -1,12 +1,12 @@
 """AdaMerging: how far do coefficients learnt from unlabelled images close the gap?
 
-One small ViT, fine-tuned on several image sets, is merged by fixed recipes (average,
-task arithmetic TA, TIES) and by AdaMerging, which learns coefficients on an unlabelled
-stream. The test images are seen by no method; noise or blur spoils the stream and them.
+One small ViT, fine-tuned on several image sets, is merged by fixed recipes and by
+AdaMerging, which learns from an unlabelled stream; also with noise or blur.
 
 Command:  python experiments/adamerging.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: 15.
-Expect:   less entropy than task arithmetic, and more accuracy layer-wise.
+Machine:  two CPU cores.    Minutes: 25.
+Expect:   layer-wise entropy falls by a quarter; accuracy 67 % layer-wise, 68 task-wise:
+          above task arithmetic with 0.3 (62), not above a tuned scale (68).
 """
 
 import json
@@ -50,11 +50,12 @@ class Config:
     steps: int = 500  # of Adam on the coefficients
     batch_size: int = 16  # unlabelled images per task and step
     learning_rate: float = 1e-3
+    value: float = 0.3  # of all coefficients at the start
     clamp: bool = True  # coefficients to [0, 1]
     normalise: bool = False  # entropies by the logarithm of the number of classes
     scales: tuple[float, ...] = tuple(i / 20 for i in range(1, 21))  # tried for TA
-    noise: float = 64.0  # standard deviation; pixels are in 0..255
-    blur: float = 1.5  # standard deviation in pixels
+    noise: float = 8.0  # standard deviation; pixels are in 0..255
+    blur: float = 1.0  # standard deviation in pixels
 
 
 QUICK = Config(merge_bench.QUICK, seeds=1, steps=10, scales=(0.2, 0.4))
@@ -84,8 +85,7 @@ class Merging:
         """In per cent, by task and on average; also of images in place of the split."""
         found = self.logits(params, self.split(split) if images is None else images)
         labels = self.split(split, "labels")
-        right = {t: found[t].argmax(-1) == labels[t] for t in found}
-        per_task = {t: 100 * float(np.mean(x)) for t, x in right.items()}
+        per_task = {t: 100 * np.mean(found[t].argmax(-1) == labels[t]) for t in found}
         return {**per_task, "mean": float(np.mean([*per_task.values()]))}
 
     def fixed(self) -> tuple[float, dict[str, Any]]:
@@ -113,7 +113,7 @@ class Merging:
                 self.processed if processed else self.plain,
                 batches(images, config.batch_size, self.seed),
                 adamerging.AdaMergingConfig(
-                    granularity, clamp=config.clamp, normalise=config.normalise
+                    granularity, config.value, config.clamp, config.normalise
                 ),
                 steps=config.steps,
                 optimizer=optax.adam(config.learning_rate),
@@ -172,14 +172,14 @@ def run(bench: merge_bench.Bench, config: Config, seed: int) -> dict[str, Any]:
         for name, row in robust.items():
             row[kind] = m.accuracy(models[name], "test", shown)["mean"]
     layers = adapted["layer-wise"].effective
-    depths = merging.depth_of_blocks([*layers])
+    places = [*merging.depth_of_blocks([*layers]).values()]
     means = [float(row.mean()) for row in layers.values()]
     return {
         "rows": rows,
         "robust": robust,
         "tuned scale": scale,
         "layers": {path: np.asarray(row).tolist() for path, row in layers.items()},
-        "correlation with depth": float(spearmanr([*depths.values()], means)[0]),
+        "correlation with depth": float(spearmanr(places, means)[0]),
         "entropies": {
             n: sum(a.entropies.values()).tolist() for n, a in adapted.items()
         },
@@ -188,7 +188,7 @@ def run(bench: merge_bench.Bench, config: Config, seed: int) -> dict[str, Any]:
 
 def plot(results: list[dict[str, Any]]) -> Figure:
     """Entropy over steps, and the coefficients of all layers."""
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, color in method_colors([*VARIANTS]).items():
         curve = np.mean([result["entropies"][name] for result in results], axis=0)
