@@ -76,6 +76,7 @@ def test_corruptions(experiment):
     images["a"][:, 10:20, 10:20] = 250
     of = lambda kind: experiment.corrupted(images, kind, experiment.QUICK, 0)["a"]
     np.testing.assert_array_equal(of("clean"), images["a"])
-    assert of("noise").std() > images["a"].std() + 5
+    flat = (slice(None), slice(0, 10))  # far from 0 and 255
+    assert of("noise")[flat].std() == pytest.approx(experiment.QUICK.noise, rel=0.2)
     assert of("blur").std() < images["a"].std()
     assert all(of(kind).dtype == np.uint8 for kind in ("noise", "blur"))
