@@ -68,19 +68,23 @@ class Reader:
     @property
     def memory(self) -> int:
         """The most bytes of models that are in memory at once, with the output."""
-        units = [unit for path in self.depths for unit in self.units(path)]
-        most = max(units, key=self.nbytes)
+        most = self._largest
         itemsize = self.reference.arrays[most.path].dtype.itemsize
         one = self.nbytes(most) + (most.end - most.begin) * itemsize
         return one if self.whole else _INSIDE * one
 
+    @property
+    def _largest(self) -> Unit:
+        units = (unit for path in self.depths for unit in self.units(path))
+        return max(units, key=self.nbytes)
+
     def ahead(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Pieces]]:
         """Reads units one after the other, the next ones while one is being used."""
         todo, waiting, inside = deque(units), deque(), 0
-        memory = self.memory
+        most = self.nbytes(self._largest) * (1 if self.whole else _INSIDE)
         with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
             while todo or waiting:
-                while todo and (not waiting or inside + self.nbytes(todo[0]) <= memory):
+                while todo and (not waiting or inside + self.nbytes(todo[0]) <= most):
                     unit = todo.popleft()
                     inside += self.nbytes(unit)
                     waiting.append((unit, pool.submit(self.read, unit)))

@@ -158,13 +158,21 @@ def command(folders, out, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "dare", "ties"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "average",
+        "task_arithmetic",
+        "ties",
+        "[{ties: {scope: tensor}}]",
+        "[{dare: {drop_rate: 0.5}}, task_arithmetic]",
+    ],
+)
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, method):
     folders = large(tmp_path, layers=8, size=20_000_000)
     leaf, models = 2 * 20_000_000, len(folders) - 1
-    dare = "[{dare: {drop_rate: 0.5}}, task_arithmetic]"
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"method: {dare if method == 'dare' else method}")
+    recipe.write_text(f"method: {method}")
     line = command(folders, tmp_path / "out", "--recipe", str(recipe))
     environment = os.environ | {"XLA_FLAGS": ""}
     watch = [sys.executable, "-c", WATCH, *line]
