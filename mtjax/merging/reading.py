@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mtjax.merging.checkpoint_files import Checkpoint
-from mtjax.merging.merger import Merger, Pieces, Source, leaf_key
+from mtjax.merging.merger import Merger, Source, leaf_key
 
-PIECE = 1 << 20  # elements merged at once where a method allows it
-_INSIDE = 3  # pieces in memory at once: read, computed, written
+PIECE = 1 << 19  # elements merged at once where a method allows it
 _ALIGNMENT = 64  # bytes; JAX takes such buffers on CPUs without copying
+_INSIDE = 3  # pieces in memory at once: read, computed, written
 
 
 class Unit(NamedTuple):
@@ -78,7 +78,7 @@ class Reader:
         units = (unit for path in self.depths for unit in self.units(path))
         return max(units, key=self.nbytes)
 
-    def ahead(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, Pieces]]:
+    def ahead(self, units: Iterable[Unit]) -> Iterator[tuple[Unit, list[Source]]]:
         """Reads units one after the other, the next ones while one is being used."""
         todo, waiting, inside = deque(units), deque(), 0
         most = self.nbytes(self._largest) * (1 if self.whole else _INSIDE)
@@ -88,12 +88,13 @@ class Reader:
                     unit = todo.popleft()
                     inside += self.nbytes(unit)
                     waiting.append((unit, pool.submit(self.read, unit)))
-                unit, pieces = waiting.popleft()
-                yield unit, pieces.result()
-                del pieces
+                unit, future = waiting.popleft()
+                pieces = future.result()
+                yield unit, pieces
+                pieces.clear()  # whoever still holds the list must not keep the arrays
                 inside -= self.nbytes(unit)
 
-    def read(self, unit: Unit) -> Pieces:
+    def read(self, unit: Unit) -> list[Source]:
         """Reads one unit."""
         step = PIECE if self.merger.elementwise else max(unit.end - unit.begin, 1)
         return [
