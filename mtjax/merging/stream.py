@@ -145,7 +145,10 @@ def merge_checkpoints(
             stack.callback(checkpoint.close)
             return checkpoint
 
-        columns = {name: opened(path) for name, path in by_name(models).items()}
+        named = by_name(models)
+        if not isinstance(models, Mapping):  # errors name the files
+            named = {f"{i} ({Path(path).name})": path for i, path in named.items()}
+        columns = {name: opened(path) for name, path in named.items()}
         first = next(iter(columns.values()))
         reference = first if base is None else opened(base)
         names = {name: _own_names(reference, c) for name, c in columns.items()}
