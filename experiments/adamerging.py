@@ -9,7 +9,6 @@ Expect:   layer-wise entropy falls by a quarter; accuracy 67 % layer-wise, 68 ta
           above task arithmetic with 0.3 (62), not above a tuned scale (68).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +25,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from experiments import merge_bench_models as merge_bench
+from experiments.merge_bench_seeds import per_seed, table
 from mtjax import merging
 from mtjax.analysis.plots import method_colors
 from mtjax.systems import adamerging
-from mtjax.training import seed_table
-from mtjax.training.run_config import open_run_folder
 
 VARIANTS = {  # granularity, and whether task vectors are TIES-processed
     "task-wise": ("task", False),
@@ -209,21 +207,12 @@ def plot(results: list[dict[str, Any]]) -> Figure:
 
 def main(config: Config, out: Path, models: Path) -> list[dict[str, Any]]:
     """Merges in all ways for every seed; writes tables and a figure."""
-    open_run_folder(out, config)
-    results = []
-    for seed in range(config.seeds):
-        path = out / f"seed_{seed}.json"
-        if not path.exists():
-            bench = merge_bench.prepare(config.bench, seed, models)
-            path.write_text(json.dumps(run(bench, config, seed)))
-        results.append(json.loads(path.read_text()))
-    table = lambda part: seed_table(
-        {name: [r[part][name] for r in results] for name in results[0][part]}
-    )
+    results = per_seed(config, out, models, run)
     of = lambda key: ", ".join(f"{r[key]:.2f}" for r in results)
     lines = [
-        *("Test accuracy, %, and entropy on the stream:", "", table("rows"), ""),
-        *("Mean test accuracy, %:", "", table("robust"), ""),
+        "Test accuracy, %, and entropy on the stream:",
+        *("", table(results, "rows"), "", "Mean test accuracy, %:"),
+        *("", table(results, "robust"), ""),
         f"Tuned scales: {of('tuned scale')}.",
         f"Rank correlation of coefficients with depth: {of('correlation with depth')}.",
     ]

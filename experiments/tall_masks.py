@@ -10,7 +10,6 @@ Expect:   of fine-tuned accuracy, TALL-masks keep 95 %, EMR 89 %, TA 81 %; Conse
           no better than TA here.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,8 +24,9 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from experiments.merge_bench_models import QUICK as QUICK_BENCH
-from experiments.merge_bench_models import Bench, prepare
+from experiments.merge_bench_models import Bench
 from experiments.merge_bench_models import Config as BenchConfig
+from experiments.merge_bench_seeds import per_seed, table
 from mtjax import merging
 from mtjax.analysis.plots import method_colors
 from mtjax.merging.coefficient import select_coefficient
@@ -35,8 +35,6 @@ from mtjax.merging.emr import emr
 from mtjax.merging.masks import density_of, magnitude_mask, masked, pack_mask
 from mtjax.systems import tall_masks
 from mtjax.systems.tall_masks import TallMasksConfig
-from mtjax.training import seed_table
-from mtjax.training.run_config import open_run_folder
 
 AVERAGE, MEAN_TIES = merging.average(), merging.ties(0.2)
 # What masks are made for, without a coefficient.
@@ -208,24 +206,14 @@ def plot(results: list[dict[str, Any]]) -> Figure:
 
 def main(config: Config, out: Path, models: Path) -> list[dict[str, Any]]:
     """Merges in all ways for every seed; writes tables and a figure."""
-    open_run_folder(out, config)
-    results = []
-    for seed in range(config.seeds):
-        path = out / f"seed_{seed}.json"
-        if not path.exists():
-            bench = prepare(config.bench, seed, models)
-            path.write_text(json.dumps(run(bench, config, seed)))
-        results.append(json.loads(path.read_text()))
-    table = lambda part: seed_table(
-        {name: [r[part][name] for r in results] for name in results[0][part]}
-    )
+    results = per_seed(config, out, models, run)
     parts = {
         "Test accuracy, %, and size": "rows",
         "Fraction of elements in a mask": "densities",
         "Thresholds": "thresholds",
         "Coefficients": "coefficients",
     }
-    lines = [f"{title}:\n\n{table(part)}\n" for title, part in parts.items()]
+    lines = [f"{title}:\n\n{table(results, part)}\n" for title, part in parts.items()]
     (out / "table.md").write_text("\n".join(lines), encoding="utf-8")
     plot(results).savefig(out / "tall_masks.png", dpi=110)
     return results

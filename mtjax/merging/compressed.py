@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtjax.merging.masks import masked, unpack_mask
-from mtjax.merging.match import Where, named_leaves
+from mtjax.merging.match import Where, named_leaves, nested
 from mtjax.merging.vectors import task_vectors
 
 
@@ -237,11 +237,4 @@ def _as_tree(leaves: Mapping[str, Any], like: PyTree | None) -> PyTree:
                 f"{sorted(paths.keys() ^ leaves.keys())[:5]}."
             )
         return jax.tree.unflatten(jax.tree.structure(like), map(leaves.get, paths))
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return nested(leaves)

@@ -66,6 +66,29 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Dictionaries in dictionaries, from leaves by path.
+
+    Args:
+      leaves: by paths such as `"encoder/layers_0/kernel"`.
+
+    Returns:
+      The tree of dictionaries that `named_leaves` gives these leaves for.
+
+    Example:
+      >>> nested({"a/b": 1, "a/c": 2})
+      {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def selected(path: str, where: Where) -> bool:
     """Whether `where` chooses the path."""
     if where is None:

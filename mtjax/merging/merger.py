@@ -173,6 +173,25 @@ class Merger:
         leaves = [merged.get(path) for path in reference]
         return jax.tree.unflatten(jax.tree.structure(kept), leaves)
 
+    def changed(self, vectors: PyTree) -> PyTree:
+        """Task vectors behind steps that leave them apart, such as `trim`.
+
+        Args:
+          vectors: what `mtjax.merging.task_vectors` returned.
+
+        Returns:
+          A tree like it, in its dtypes; the axis of models is there if the steps leave
+          it. Steps see no depth, and those that draw numbers a fixed key.
+        """
+
+        def pieces(rows):
+            return [Source(None, rows, None, np.float32(0))]
+
+        leaves, structure = jax.tree.flatten(vectors)
+        totals = self.totals(lambda: map(pieces, leaves))
+        found = [_changed(self, *pieces(rows), totals) for rows in leaves]
+        return jax.tree.unflatten(structure, found)
+
     def check(self, has_base: bool, key: Key[Array, ""] | None) -> None:
         """Raises a `ValueError` if the base or the key is missing."""
         if self.needs_base and not has_base:
@@ -336,6 +355,12 @@ def _merged(merger: Merger, dtype: DTypeLike | None, source: Source, totals: tup
     if dtype is None:
         return leaf.vectors
     return (leaf.base + leaf.vectors).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def _changed(merger: Merger, source: Source, totals: tuple):
+    vectors = _after(merger.steps, _leaf(source), totals).vectors
+    return vectors.astype(source.models.dtype)
 
 
 def _leaf(source: Source) -> Leaf:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mtjax.merging.checkpoint_files import INDEX, SafetensorsWriter, Stored
+from mtjax.merging.match import nested
 
 SHARD = 5 * 10**9  # bytes per file of a folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
@@ -120,14 +121,9 @@ class TreeOutput:
         """Writes all; `copied_from` has no other files."""
         from mtjax.merging.orbax_files import save
 
-        tree: dict[str, Any] = {}
-        for path, values in self._values.items():
-            *parents, name = path.split("/")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = values.reshape(self._shapes[path])
-        save(self._out, tree)
+        shapes = self._shapes
+        leaves = {p: values.reshape(shapes[p]) for p, values in self._values.items()}
+        save(self._out, nested(leaves))
 
 
 def _files(arrays: Mapping[str, Stored], most: int | None) -> dict[str, list[str]]:

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, PyTree
 
 from mtjax import merging
 from mtjax.merging.match import named_leaves
-from mtjax.merging.merger import Leaf, Source
 
 Granularity = Literal["task", "layer"] | Callable[[str], str]
 Coefficients = Mapping[str, Float[Array | np.ndarray, " models"]]
@@ -206,18 +205,7 @@ def ties_vectors(vectors: PyTree, density: float = 0.2) -> PyTree:
        [0. 1. 0. 0.]]
     """
     merger = merging.chain(merging.trim(density), merging.elect_sign())
-    unused = jax.random.key(0), jnp.float32(0)  # key and depth
-    pieces = [[Source(None, rows, *unused)] for rows in jax.tree.leaves(vectors)]
-    totals = jax.tree.map(jnp.asarray, merger.totals(lambda: pieces))
-
-    def processed(rows):
-        wide = rows.astype(jnp.float32)
-        leaf = Leaf(jnp.zeros(wide.shape[1:]), wide, wide, *unused, jnp.int32(0))
-        for step, known in zip(merger.steps, totals):
-            leaf = leaf._replace(vectors=step.apply(leaf, *known))
-        return leaf.vectors.astype(rows.dtype)
-
-    return jax.tree.map(processed, vectors)
+    return merger.changed(vectors)
 
 
 def entropy_loss(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import tall_masks
+from experiments import merge_bench_models, tall_masks
 from experiments.merge_bench_models import Bench
 from mtjax import training
 from mtjax.nn import ViT
@@ -49,7 +49,8 @@ class FakeBench(Bench):
 @pytest.mark.slow
 def test_all_numbers_and_the_figure(bench, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(tall_masks, "prepare", lambda *args: seen.append(args) or bench)
+    prepare = lambda *args: seen.append(args) or bench
+    monkeypatch.setattr(merge_bench_models, "prepare", prepare)
     results = tall_masks.main(tall_masks.QUICK, tmp_path, tmp_path / "models")
     assert [seed for _, seed, _ in seen] == [0]
     rows = results[0]["rows"]
