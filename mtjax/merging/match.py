@@ -131,13 +131,16 @@ def mismatches(
 
 def check_match(
     reference: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], where: Where
-) -> None:
-    """Raises if models cannot be merged.
+) -> list[str]:
+    """Which leaves are merged; raises if models cannot be.
 
     Args:
       reference: the base model's leaves by path.
       models: the leaves of every model.
       where: only the chosen leaves must match.
+
+    Returns:
+      The paths of the chosen leaves that are floating point, in their order.
 
     Raises:
       ValueError: with the differences by path, and if nothing is chosen.
@@ -151,11 +154,14 @@ def check_match(
             "`models` must match the base in every leaf that is merged; these differ "
             "(leave leaves out with `where`):\n" + "\n".join(lines)
         )
-    if not any(is_float(x) and selected(path, where) for path, x in reference.items()):
+    leaves = reference.items()
+    paths = [path for path, x in leaves if is_float(x) and selected(path, where)]
+    if not paths:
         raise ValueError(
             f"`where` must choose at least one floating-point leaf, got {where!r}; "
             f"paths look like {next(iter(reference), '')!r}."
         )
+    return paths
 
 
 def _difference(reference, leaf) -> tuple[str, str] | None:

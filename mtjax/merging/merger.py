@@ -24,9 +24,7 @@ from mtjax.merging.match import (
     Where,
     by_name,
     check_match,
-    is_float,
     named_leaves,
-    selected,
 )
 
 DepthOf = Callable[[Sequence[str]], Mapping[str, float]]
@@ -159,8 +157,7 @@ class Merger:
         columns = {name: named_leaves(m) for name, m in by_name(models).items()}
         kept = base if base is not None else next(iter(by_name(models).values()))
         reference = named_leaves(kept)
-        check_match(reference, columns, where)
-        paths = [p for p, x in reference.items() if is_float(x) and selected(p, where)]
+        paths = check_match(reference, columns, where)
         depths = depth_of(paths)
 
         def pieces(path):

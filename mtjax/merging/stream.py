@@ -25,9 +25,7 @@ from mtjax.merging.match import (
     Where,
     by_name,
     check_match,
-    is_float,
     mismatches,
-    selected,
 )
 from mtjax.merging.merger import DepthOf, Merger, Pieces
 from mtjax.merging.reading import PIECE, Reader, Unit, aligned_empty, spans
@@ -263,9 +261,7 @@ def _compare(
     found = mismatches(reference.arrays, models, where)
     if missing == "unchanged":
         models = {name: dict(reference.arrays) | x for name, x in models.items()}
-    check_match(reference.arrays, models, where)
-    arrays = reference.arrays.items()
-    chosen = [path for path, x in arrays if is_float(x) and selected(path, where)]
+    chosen = check_match(reference.arrays, models, where)
     return chosen, [m for m in found if m.kind in ("precision", "missing")]
 
 

@@ -10,9 +10,7 @@ from mtjax.merging.match import (
     Where,
     by_name,
     check_match,
-    is_float,
     named_leaves,
-    selected,
 )
 
 
@@ -46,10 +44,10 @@ def task_vectors(
     """
     columns = {name: named_leaves(m) for name, m in by_name(models).items()}
     reference = named_leaves(base)
-    check_match(reference, columns, where)
+    paths = set(check_match(reference, columns, where))
 
     def rows(path, start):
-        if not (is_float(start) and selected(path, where)):
+        if path not in paths:
             return None
         start = jnp.asarray(start, jnp.float32)
         found = [jnp.asarray(c[path], jnp.float32) - start for c in columns.values()]
