@@ -1,6 +1,7 @@
 """Task losses that optax does not have."""
 
 from mtjax.losses.contrastive import contrastive_loss
+from mtjax.losses.entropy import entropy_loss
 from mtjax.losses.masked import masked_mean
 
-__all__ = ["contrastive_loss", "masked_mean"]
+__all__ = ["contrastive_loss", "entropy_loss", "masked_mean"]

@@ -2,7 +2,11 @@
 
 from mtjax.merging.average import average
 from mtjax.merging.breadcrumbs import breadcrumbs
-from mtjax.merging.coefficient import MergedModel, select_coefficient
+from mtjax.merging.coefficients import (
+    effective_coefficients,
+    init_coefficients,
+    merge_with_coefficients,
+)
 from mtjax.merging.compressed import CompressedTasks, apply_vector
 from mtjax.merging.dare import dare
 from mtjax.merging.della import della, magprune
@@ -13,6 +17,7 @@ from mtjax.merging.fisher import fisher_average, fisher_information
 from mtjax.merging.iso import iso_c, iso_cts
 from mtjax.merging.karcher import karcher
 from mtjax.merging.knots import knots
+from mtjax.merging.learning import Learned, learn, repeat_step
 from mtjax.merging.lines import lines
 from mtjax.merging.lora import lora_task_vector
 from mtjax.merging.magmax import magmax
@@ -22,6 +27,7 @@ from mtjax.merging.merger import Leaf, Merger, Step, Total, chain
 from mtjax.merging.model_stock import model_stock
 from mtjax.merging.pcb import pcb
 from mtjax.merging.regmean import regmean, regmean_plus_plus
+from mtjax.merging.selection import MergedModel, select_coefficient
 from mtjax.merging.slerp import slerp
 from mtjax.merging.soups import greedy_soup
 from mtjax.merging.stream import Plan, merge_checkpoints
@@ -35,6 +41,7 @@ from mtjax.merging.wudi import wudi
 __all__ = [
     "CompressedTasks",
     "Leaf",
+    "Learned",
     "MergedModel",
     "Merger",
     "Mismatch",
@@ -50,15 +57,18 @@ __all__ = [
     "delta_guided",
     "depth_of_blocks",
     "disjoint_mean",
+    "effective_coefficients",
     "elect_sign",
     "emr",
     "fisher_average",
     "fisher_information",
     "greedy_soup",
+    "init_coefficients",
     "iso_c",
     "iso_cts",
     "karcher",
     "knots",
+    "learn",
     "lines",
     "lora_task_vector",
     "magmax",
@@ -66,11 +76,13 @@ __all__ = [
     "magprune",
     "merge",
     "merge_checkpoints",
+    "merge_with_coefficients",
     "mismatches",
     "model_stock",
     "pcb",
     "regmean",
     "regmean_plus_plus",
+    "repeat_step",
     "scale",
     "select_coefficient",
     "slerp",

@@ -27,10 +27,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from mtjax.merging import Merger, task_arithmetic
-from mtjax.merging.coefficient import GRID, Accuracy, MergedModel, select_coefficient
 from mtjax.merging.compressed import CompressedTasks, apply_vector, task_vector
 from mtjax.merging.masks import masked, pack_mask
 from mtjax.merging.match import Where, by_name, named_leaves, selected
+from mtjax.merging.selection import GRID, Accuracy, MergedModel, select_coefficient
 
 # One object: programs are compiled per object.
 _SUM = task_arithmetic(1.0)

@@ -1,0 +1,32 @@
+"""The entropy of predictions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def entropy_loss(
+    logits: Float[Array, "*examples classes"], *, normalise: bool = False
+) -> Float[Array, ""]:
+    r"""Mean entropy of predictions, in nats.
+
+    .. math:: \frac1n \sum_i -\sum_c p_{ic} \log p_{ic}, \quad p_i = softmax(z_i)
+
+    Args:
+      logits: :math:`z`; minus infinity masks a class.
+      normalise: divide by the logarithm of the number of classes (at least two), so
+        that tasks with many classes weigh no more than others.
+
+    Returns:
+      Between 0 and :math:`\log C`, or 1 if normalised.
+
+    Example:
+      >>> print(f"{entropy_loss(jnp.array([[0.0, 0.0], [1e4, -1e4]])):.4f}")
+      0.3466
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    p = jnp.exp(log_p)
+    # A masked class has p = 0, and 0 times infinity is NaN.
+    entropy = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
+    return jnp.mean(entropy) / (np.log(logits.shape[-1]) if normalise else 1.0)
