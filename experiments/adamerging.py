@@ -9,25 +9,25 @@ Expect:   layer-wise entropy falls by a quarter; accuracy 67 % layer-wise, 68 ta
           above task arithmetic with 0.3 (62), not above a tuned scale (68).
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure
 from rich.progress import Progress
-from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
 from experiments import merge_bench_models as merge_bench
+from experiments.merge_bench_measures import Images, Measures, batches, corrupted
 from experiments.merge_bench_seeds import per_seed, table
 from mtjax import merging
 from mtjax.analysis.plots import method_colors
+from mtjax.losses import entropy_loss
+from mtjax.merging.coefficients import clamped_share
 from mtjax.systems import adamerging
 
 VARIANTS = {  # granularity, and whether task vectors are TIES-processed
@@ -36,7 +36,6 @@ VARIANTS = {  # granularity, and whether task vectors are TIES-processed
     "layer-wise": ("layer", False),
     "layer-wise++": ("layer", True),
 }
-Images = Mapping[str, np.ndarray]  # by task
 
 
 @dataclass(frozen=True)
@@ -59,114 +58,60 @@ class Config:
 QUICK = Config(merge_bench.QUICK, seeds=1, steps=10, scales=(0.2, 0.4))
 
 
-class Merging:
-    """The ways to merge the models of one bench, and how good the result is."""
-
-    def __init__(self, bench: merge_bench.Bench, config: Config, seed: int):
-        """Takes the task vectors."""
-        self.bench, self.config, self.seed = bench, config, seed
-        self.plain = merging.task_vectors(bench.base, bench.models)
-        self.processed = adamerging.ties_vectors(self.plain)
-        self._logits = jax.jit(bench.logits, static_argnums=1)
-
-    def split(self, name: str, field: str = "images") -> dict[str, np.ndarray]:
-        """One array of all tasks."""
-        return {t: self.bench.data[t][name][field] for t in self.bench.tasks}
-
-    def logits(self, params: Any, images: Images) -> dict[str, np.ndarray]:
-        """Of all images, by task."""
-        parts = lambda x: (x[i : i + 500] for i in range(0, len(x), 500))
-        of = lambda t, x: np.concatenate([self._logits(params, t, p) for p in parts(x)])
-        return {t: of(t, x) for t, x in images.items()}
-
-    def accuracy(self, params: Any, split: str, images: Images | None = None):
-        """In per cent, by task and on average; also of images in place of the split."""
-        found = self.logits(params, self.split(split) if images is None else images)
-        labels = self.split(split, "labels")
-        per_task = {t: 100 * np.mean(found[t].argmax(-1) == labels[t]) for t in found}
-        return {**per_task, "mean": float(np.mean([*per_task.values()]))}
-
-    def fixed(self) -> tuple[float, dict[str, Any]]:
-        """The best scale of task arithmetic, with labels, and models of all recipes."""
-        base, models = self.bench.base, self.bench.models
-        scaled = lambda scale: merging.merge(base, self.plain, scale)
-        score = lambda scale: self.accuracy(scaled(scale), "validation")["mean"]
-        best = max(self.config.scales, key=score)
-        return best, {
-            "base": base,
-            "average": merging.average()(base, models),
-            "TA (0.3)": scaled(0.3),
-            "TA (tuned)": scaled(best),
-            "TIES": merging.ties(0.2, 0.3, reduction="sum")(base, models),
-        }
-
-    def adapt(self, name: str, images: Images) -> adamerging.Adapted:
-        """Learns coefficients on unlabelled images."""
-        config, (granularity, processed) = self.config, VARIANTS[name]
-        with Progress() as progress:
-            bar = progress.add_task(f"{name}, seed {self.seed}", total=config.steps)
-            return adamerging.fit(
-                self.bench.logits,
-                self.bench.base,
-                self.processed if processed else self.plain,
-                batches(images, config.batch_size, self.seed),
-                adamerging.AdaMergingConfig(
-                    granularity, config.value, config.clamp, config.normalise
-                ),
-                steps=config.steps,
-                optimizer=optax.adam(config.learning_rate),
-                on_step=lambda *_: progress.advance(bar),
-            )
-
-
-def batches(images: Images, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Unlabelled batches without end, drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield {t: x[rng.integers(len(x), size=size)] for t, x in images.items()}
-
-
-def corrupted(images: Images, kind: str, config: Config, seed: int) -> Images:
-    """The same images with noise or blur."""
-    rng, found = np.random.default_rng(seed), {}
-    for task, x in images.items():
-        y = x.astype(np.float32)
-        if kind == "noise":
-            y += config.noise * rng.standard_normal(x.shape, np.float32)
-        elif kind == "blur":
-            y = gaussian_filter(y, config.blur, axes=(1, 2))
-        found[task] = np.clip(np.rint(y), 0, 255).astype(x.dtype)
-    return found
+def adapt(
+    measures: Measures, name: str, images: Images, config: Config, seed: int
+) -> adamerging.Adapted:
+    """Learns coefficients on unlabelled images."""
+    granularity, processed = VARIANTS[name]
+    plain = measures.vectors
+    with Progress() as progress:
+        bar = progress.add_task(f"{name}, seed {seed}", total=config.steps)
+        return adamerging.fit(
+            measures.bench.logits,
+            measures.bench.base,
+            adamerging.ties_vectors(plain) if processed else plain,
+            batches(images, config.batch_size, seed),
+            adamerging.AdaMergingConfig(
+                granularity, config.value, config.clamp, config.normalise
+            ),
+            steps=config.steps,
+            optimizer=optax.adam(config.learning_rate),
+            on_step=lambda *_: progress.advance(bar),
+        )
 
 
 def run(bench: merge_bench.Bench, config: Config, seed: int) -> dict[str, Any]:
     """All numbers of one seed."""
-    m = Merging(bench, config, seed)
+    m = Measures(bench)
     stream, test = m.split("stream"), m.split("test")
-    scale, models = m.fixed()
-    adapted = {name: m.adapt(name, stream) for name in VARIANTS}
+    scale, models = m.fixed(config.scales)
+    adapted = {name: adapt(m, name, stream, config, seed) for name in VARIANTS}
     models |= {name: found.params for name, found in adapted.items()}
     rows = {}
     for name, params in models.items():
         logits = m.logits(params, stream)
-        entropies = [adamerging.entropy_loss(jnp.array(z)) for z in logits.values()]
+        entropies = [entropy_loss(jnp.array(z)) for z in logits.values()]
         rows[name] = m.accuracy(params, "test") | {
             "entropy": float(np.mean(entropies)),
             "collapsed tasks": sum(map(adamerging.collapsed, logits.values())),
         }
     for name, found in adapted.items():
         last = {group: path[-1] for group, path in found.trajectory.items()}
-        rows[name]["outside [0, 1], %"] = 100 * adamerging.clamped_share(last)
-    own = {t: m.accuracy(bench.models[t], "test")[t] for t in bench.tasks}
-    rows["individual"] = own | {"mean": float(np.mean([*own.values()]))}
+        rows[name]["outside [0, 1], %"] = 100 * clamped_share(last)
+    rows["individual"] = m.individual()
     models["layer-wise, same stream"] = models["layer-wise"]
     names = ("TA (0.3)", "TA (tuned)", "layer-wise", "layer-wise, same stream")
     robust = {name: {} for name in names}
-    for kind in ("clean", "noise", "blur"):
+    for kind, amount in {
+        "clean": 0,
+        "noise": config.noise,
+        "blur": config.blur,
+    }.items():
         if kind != "clean":
-            shown = corrupted(stream, kind, config, 2 * seed)
-            models[names[-1]] = m.adapt("layer-wise", shown).params
-        shown = corrupted(test, kind, config, 2 * seed + 1)
+            shown = corrupted(stream, kind, amount, 2 * seed)
+            found = adapt(m, "layer-wise", shown, config, seed)
+            models[names[-1]] = found.params
+        shown = corrupted(test, kind, amount, 2 * seed + 1)
         for name, row in robust.items():
             row[kind] = m.accuracy(models[name], "test", shown)["mean"]
     layers = adapted["layer-wise"].effective

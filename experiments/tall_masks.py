@@ -29,10 +29,10 @@ from experiments.merge_bench_models import Config as BenchConfig
 from experiments.merge_bench_seeds import per_seed, table
 from mtjax import merging
 from mtjax.analysis.plots import method_colors
-from mtjax.merging.selection import select_coefficient
 from mtjax.merging.compressed import CompressedTasks, apply_vector, task_vector
 from mtjax.merging.emr import emr
 from mtjax.merging.masks import density_of, magnitude_mask, masked, pack_mask
+from mtjax.merging.selection import select_coefficient
 from mtjax.systems import tall_masks
 from mtjax.systems.tall_masks import TallMasksConfig
 

@@ -69,14 +69,3 @@ def test_resumes_where_it_was_interrupted(experiment, tmp_path, monkeypatch):
     assert (tmp_path / "stopped" / "adamerging.png").stat().st_size > 5_000
     with pytest.raises(ValueError, match="steps: 12 there, 6 here"):
         experiment.main(replace(config, steps=6), tmp_path / "whole", tmp_path)
-
-
-def test_corruptions(experiment):
-    images = {"a": np.full((2, 28, 28), 128, np.uint8)}
-    images["a"][:, 10:20, 10:20] = 250
-    of = lambda kind: experiment.corrupted(images, kind, experiment.QUICK, 0)["a"]
-    np.testing.assert_array_equal(of("clean"), images["a"])
-    flat = (slice(None), slice(0, 10))  # far from 0 and 255
-    assert of("noise")[flat].std() == pytest.approx(experiment.QUICK.noise, rel=0.2)
-    assert of("blur").std() < images["a"].std()
-    assert all(of(kind).dtype == np.uint8 for kind in ("noise", "blur"))
