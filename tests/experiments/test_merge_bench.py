@@ -16,7 +16,7 @@ TINY = replace(
     merge_bench.QUICK,
     tasks=("digits_0", "digits_90", "digits_180"),
     images_per_task=200,
-    slice_steps=60,
+    pretrain_steps=60,
     steps=2,
 )
 METHODS = ("average", "task_arithmetic")
