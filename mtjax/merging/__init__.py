@@ -1,5 +1,6 @@
 """Merging: from fine-tuned models to one, on any pytrees."""
 
+from mtjax.merging.align import Aligned, align, align_many, permute
 from mtjax.merging.average import average
 from mtjax.merging.breadcrumbs import breadcrumbs
 from mtjax.merging.coefficients import (
@@ -13,6 +14,7 @@ from mtjax.merging.della import della, magprune
 from mtjax.merging.delta_guided import delta_guided
 from mtjax.merging.depth import depth_of_blocks
 from mtjax.merging.emr import emr
+from mtjax.merging.experts import Experts
 from mtjax.merging.fisher import fisher_average, fisher_information
 from mtjax.merging.iso import iso_c, iso_cts
 from mtjax.merging.karcher import karcher
@@ -26,6 +28,7 @@ from mtjax.merging.match import Mismatch, mismatches
 from mtjax.merging.merger import Leaf, Merger, Step, Total, chain
 from mtjax.merging.model_stock import model_stock
 from mtjax.merging.pcb import pcb
+from mtjax.merging.permutation_groups import PermutationGroups, permutation_groups
 from mtjax.merging.regmean import regmean, regmean_plus_plus
 from mtjax.merging.selection import MergedModel, select_coefficient
 from mtjax.merging.slerp import slerp
@@ -39,15 +42,20 @@ from mtjax.merging.vectors import merge, task_vectors
 from mtjax.merging.wudi import wudi
 
 __all__ = [
+    "Aligned",
     "CompressedTasks",
+    "Experts",
     "Leaf",
     "Learned",
     "MergedModel",
     "Merger",
     "Mismatch",
+    "PermutationGroups",
     "Plan",
     "Step",
     "Total",
+    "align",
+    "align_many",
     "apply_vector",
     "average",
     "breadcrumbs",
@@ -80,6 +88,8 @@ __all__ = [
     "mismatches",
     "model_stock",
     "pcb",
+    "permutation_groups",
+    "permute",
     "regmean",
     "regmean_plus_plus",
     "repeat_step",
