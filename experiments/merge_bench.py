@@ -10,9 +10,9 @@ Commands: mtjax data prepare NAME --from FOLDER --data-dir DATA (for mnist, kmni
           python -m experiments.merge_bench full --data-dir DATA
           (`quick` takes a minute and needs no data; a second start takes models and
           numbers from the run folder, `--methods ties --again` measures one anew)
-Machine:  two CPU cores.    Minutes: 50 beside much other work.
-Expect:   81 % of the individual models' accuracy at best, 78 % for the base; no method
-          beats the average. See docs/studies/merge_bench.md.
+Machine:  two CPU cores.    Minutes: 25.
+Expect:   of the individual models' accuracy the base has 83 %, the average 89, task
+          arithmetic 90, TSV-M 92. See docs/studies/merge_bench.md.
 """
 
 import json
