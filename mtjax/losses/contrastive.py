@@ -1,9 +1,10 @@
-"""Contrastive loss of similarities that are at hand already."""
+"""Contrastive losses: of similarities that are at hand, and of embedded pairs."""
 
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 PositiveReduction = Literal["mean", "sum_inside_log"]
@@ -69,3 +70,60 @@ def contrastive_loss(
     if include_positive_in_denominator:
         repulsion = jnp.logaddexp(attraction, repulsion)
     return jnp.mean(repulsion - attraction)
+
+
+def in_batch_contrastive_loss(
+    queries: Float[Array, "pairs width"],
+    positives: Float[Array, "pairs width"],
+    negatives: Float[Array, "negatives width"] | None = None,
+    *,
+    mask: Bool[Array | np.ndarray, "pairs candidates"] | None = None,
+    temperature: float = 0.05,
+) -> Float[Array, ""]:
+    r"""InfoNCE of embedded pairs, with hard negatives and those of the batch.
+
+    .. math::
+      -\frac1B \sum_b \log \frac{e^{\cos(q_b, d_b) / \tau}}
+        {e^{\cos(q_b, d_b) / \tau} + \sum_{c \ne b} e^{\cos(q_b, d_c) / \tau}}
+
+    Candidates :math:`d` are the positives of all queries, then the hard negatives of
+    all queries: each of them serves every query.
+
+    Args:
+      queries: embeddings, of any length above zero.
+      positives: the one that belongs to every query.
+      negatives: hard negatives, any number per query, in any order.
+      mask: True where a candidate counts as a negative of the query; all do if None. A
+        query's own positive never does. Mask those that answer the query too; at least
+        one negative must be left to every query.
+      temperature: :math:`\tau > 0`.
+
+    Returns:
+      The mean over queries, in nats.
+
+    Raises:
+      ValueError: if `temperature` is not positive.
+
+    Example:
+      >>> queries = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+      >>> print(f"{in_batch_contrastive_loss(queries, queries, temperature=1.0):.4f}")
+      0.3133
+
+    References:
+      Representation Learning with Contrastive Predictive Coding, 2018, equation 4;
+      Dense Passage Retrieval for Open-Domain Question Answering, 2020, section 3.2.
+    """
+    others = [] if negatives is None else [negatives]
+    candidates = jnp.concatenate([positives, *others])
+    similar = _unit(queries) @ _unit(candidates).T
+    counts = ~jnp.eye(*similar.shape, dtype=bool)
+    if mask is not None:
+        counts = counts & mask
+    own = jnp.diagonal(similar)[:, None]
+    return contrastive_loss(own, similar, mask=counts, temperature=temperature)
+
+
+def _unit(x: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+    # Away from zero, where a length has no gradient.
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from mtjax.merging.merger import Leaf, Merger, Total, combined, step
 
@@ -57,6 +58,24 @@ def slerp(
     return step(apply, Total(products, shares), needs_base=on == "task_vectors")
 
 
+def gramian(vectors: PyTree) -> Float[Array, "models models"]:
+    """Inner products of task vectors over all parameters at once.
+
+    Args:
+      vectors: what `mtjax.merging.task_vectors` returned; may be bfloat16.
+
+    Returns:
+      The products, added up in float32; norms are the roots of the diagonal.
+
+    Example:
+      >>> print(gramian({"w": jnp.array([[3.0], [1.0]]), "b": jnp.array([4.0, 1.0])}))
+      [[25.  7.]
+       [ 7.  2.]]
+    """
+    rows = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(vectors)]
+    return jnp.sum(jnp.stack([inner_products(x) for x in rows]), axis=0)
+
+
 def inner_products(rows: Float[Array, "rows ..."]) -> Float[Array, "rows rows"]:
     """Inner products of one parameter's rows."""
     flat = rows.reshape(len(rows), -1)
@@ -82,3 +101,44 @@ def arc(
     angle = jnp.arccos(jnp.where(straight, 0.0, cosine))
     parts = jnp.stack([1 - fraction, jnp.asarray(fraction)])
     return jnp.where(straight, parts, jnp.sin(parts * angle) / jnp.sin(angle))
+
+
+def arc_chain(
+    products: Float[Array, "points points"],
+    weights: Float[Array, " points"],
+    rule: Literal["mean", "sum"] = "mean",
+) -> Float[Array, " points"]:
+    r"""Weights of many points for a place reached by one arc after the other.
+
+    $$v_{(1)} = v_1, \quad v_{(1..n)} = \mathrm{slerp}\Bigl(v_{(1..n-1)}, v_n;\;
+      \frac{a_n}{\bar a_{1..n-1} + a_n}\Bigr)$$
+
+    All places lie in the span of the points, so that their inner products are enough.
+    The order counts: with the mean and equal weights the last point gets half of the
+    way, whatever their number.
+
+    Args:
+      products: inner products of the points.
+      weights: $a$, positive; only their ratios count. May be traced.
+      rule: whether $\bar a$ is the `"mean"` or the `"sum"` of the weights before.
+
+    Returns:
+      The coefficient of every point, differentiable in the weights.
+
+    Raises:
+      ValueError: if `rule` is unknown.
+
+    Example:
+      >>> print(arc_chain(jnp.eye(3), jnp.ones(3)).round(4))
+      [0.5    0.5    0.7071]
+    """
+    if rule not in ("mean", "sum"):
+        raise ValueError(f"`rule` must be 'mean' or 'sum', got {rule!r}.")
+    place = jnp.zeros(len(products)).at[0].set(1.0)
+    for n in range(1, len(products)):
+        before = weights[:n].mean() if rule == "mean" else weights[:n].sum()
+        new = jnp.zeros(len(products)).at[n].set(1.0)
+        ends = jnp.stack([place, new])
+        shares = arc(ends @ products @ ends.T, weights[n] / (before + weights[n]))
+        place = shares @ ends
+    return place
