@@ -4,9 +4,9 @@ One small ViT, fine-tuned on several image sets, is merged by fixed recipes and 
 AdaMerging, which learns from an unlabelled stream; also with noise or blur.
 
 Command:  python experiments/adamerging.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: 25.
-Expect:   layer-wise entropy falls by a quarter; accuracy 67 % layer-wise, 68 task-wise:
-          above task arithmetic with 0.3 (62), not above a tuned scale (68).
+Machine:  two CPU cores.    Minutes: 12, and 20 for the models.
+Expect:   accuracy 78.5 % layer-wise, 76.9 task-wise, 78.1 for task arithmetic with a
+          scale that was tuned on labels; under noise 70.9 against 69.3.
 """
 
 from dataclasses import dataclass, field
