@@ -72,6 +72,16 @@ assert np.ptp(recorded["imtl_g"]["with update"], axis=-1).max() < 0.02
 assert min(scores["imtl_g"][:2]) > max(scores["equal"][:2]) + 0.03
 assert scores["mgda"][2] > scores["equal"][2]
 """,
+    "model_merging": """
+assert (own > table[0] + 0.1).all()  # fine-tuning helped each task
+assert (alone[0] < alone[12])[2]  # a negative coefficient forgets
+mean = {name: row.mean() for name, row in result.items()}
+assert mean["base"] + 0.03 < mean["average"] < 1
+assert mean["average"] - 0.02 < mean["task arithmetic"] < mean["TSV-M"] - 0.02
+assert mean["EMR"] > mean["TSV-M"] + 0.03
+assert entropy[-20:].mean() < entropy[:20].mean()
+assert mean["AdaMerging"] < mean["TSV-M"]
+""",
 }
 
 
