@@ -39,9 +39,9 @@ class Config:
 
     bench: merge_bench.Config = field(default_factory=merge_bench.Config)
     seeds: int = 3  # of the fine-tunings, the masks and the order of the stream
-    meta_steps: int = 800  # on the mask
+    meta_steps: int = 400  # on the mask
     points: int = 8  # of curves over meta steps; divides them
-    steps: int = 500  # of AdaMerging
+    steps: int = 300  # of AdaMerging
     batch_size: int = 16  # unlabelled images per task and step
     mask_rate: float = 5e-3  # of Adam on the mask's logits
     inner_rate: float = 0.1  # of Adam on coefficients in a meta step

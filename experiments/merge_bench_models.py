@@ -49,7 +49,7 @@ class Config:
     pretrain_steps: int = 2_000
     pretrain_learning_rate: float = 1e-3  # of AdamW
     shots: int = 1  # images per class that the heads are made of
-    head_scale: float = 0.75  # length of a class's row; makes the base fairly calibrated
+    head_scale: float = 0.75  # length of a class's row, for fair confidence
     steps: int = 600  # of stage 1, per task
     learning_rate: float = 2e-4  # of AdamW, falls like a cosine
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mtjax import merging
-from mtjax.merging.selection import select_coefficient
 from mtjax.merging.compressed import CompressedTasks, apply_vector, task_vector
 from mtjax.merging.masks import density_of, magnitude_mask, masked, pack_mask
+from mtjax.merging.selection import select_coefficient
 from mtjax.systems.tall_masks import (
     TallMasksConfig,
     agreement,
