@@ -163,6 +163,9 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
             "spread": float(np.std(ratios)),  # over tasks
         }
     rows["individual"] = own | {"normalised": 100.0, "spread": 0.0}
+    # Hundreds of compiled programs would fill the memory maps of a process.
+    merger_of.cache_clear()
+    jax.clear_caches()
     return {
         "rows": rows,
         "chosen": {name: {"scale": s} for name, s in chosen.items()},

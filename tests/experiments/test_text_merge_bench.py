@@ -45,6 +45,7 @@ def numbers(rows):
     }
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_killed_with_the_same_numbers(
     tmp_path, monkeypatch, capsys
 ):
