@@ -5,8 +5,8 @@ images: for all tasks at once (beside tuned task arithmetic and AdaMerging), and
 forget one task. See also `atlas_few_shot.py`, and `atlas_test_time.py` without labels.
 
 Command:  python experiments/atlas.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: TO MEASURE.
-Expect:   TO MEASURE
+Machine:  two CPU cores.    Minutes: not known yet.
+Expect:   not measured yet.
 """
 
 from dataclasses import dataclass, field

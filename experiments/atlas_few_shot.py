@@ -6,8 +6,8 @@ class means; beside other things to train, random bases, budgets of task vectors
 adapters.
 
 Command:  python experiments/atlas_few_shot.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: TO MEASURE.
-Expect:   TO MEASURE
+Machine:  two CPU cores.    Minutes: not known yet.
+Expect:   not measured yet.
 """
 
 from collections.abc import Hashable

