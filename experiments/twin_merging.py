@@ -7,8 +7,8 @@ alike.
 
 Command:  python experiments/twin_merging.py paper --config.bench.data-dir DATA
 Machine:  two CPU cores.    Minutes: 5 per seed, and 20 for the models.
-Expect:   of fine-tuned accuracy 95 % with the learned router, 99 with the oracle, TA 90;
-          the router is right on 84 % of test images.
+Expect:   of fine-tuned accuracy 95 % with the learned router, 99 with the oracle, 90
+          for TA; the router is right on 84 % of test images.
 """
 
 import itertools
