@@ -1,4 +1,4 @@
-r"""aTLAS: task vectors scaled block by block for any objective.
+r"""aTLAS: task vectors scaled per block for any objective.
 
 Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, NeurIPS 2024.
 A frozen model plus a linear combination of task vectors, with one coefficient per

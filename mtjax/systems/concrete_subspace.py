@@ -1,4 +1,4 @@
-r"""Concrete Subspace: a mask, learnt without labels, in which task vectors agree.
+r"""Concrete Subspace: a learnt mask in which task vectors agree.
 
 Concrete Subspace Learning based Interference Elimination for Multi-task Model Fusion,
 2023. One soft mask over the parameters, shared by all tasks, scales the elements of

@@ -1,4 +1,4 @@
-r"""Self Positioning: where in the span of the task vectors does the best encoder lie?
+r"""Self Positioning: the best encoder between several task vectors.
 
 Improving General Text Embedding Model: Tackling Task Conflict and Data Imbalance
 through Model Merging, 2024. An embedding model is fine-tuned on every task by itself;
