@@ -35,6 +35,7 @@ def test_multiplies_matrices_in_full_precision_on_every_device(method):
     assert all("[HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date():
     assert property_table.PAGE.read_text(encoding="utf-8") == property_table.page(), (
         "docs/balancers.md is stale: run `python -m tests.balancing.property_table`."

@@ -111,6 +111,7 @@ def test_says_when_the_base_is_missing(method):
         )
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date():
     assert property_table.PAGE.read_text(encoding="utf-8") == property_table.page(), (
         "Run `python -m tests.merging.property_table`."

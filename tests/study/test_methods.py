@@ -137,6 +137,7 @@ def test_lanes_learn_at_their_own_rates(name):
         np.testing.assert_allclose(m[2], 2 * m[1], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_log_variants_do_not_know_the_units_of_losses():
     losses, grads = jnp.array([2.0, 0.5]), jnp.array([[1.0, 2.0], [3.0, -1.0]])
     factors = jnp.array([1.0, 100.0])

@@ -76,7 +76,8 @@ def test_equal_ratios_scale_moments_by_k_and_updates_by_its_root():
     units = [(unit(grad), task) for grad, task in grads]
     expected, base = follow(adam, units, ids=False)
     times = lambda c, tree: jax.tree.map(lambda x: c * x, tree)
-    chex.assert_trees_all_close(state[1].mu, times(3, base[0].mu), rtol=1e-5)
+    # Moments cancel in places: absolutely, to a rounding of their terms.
+    chex.assert_trees_all_close(state[1].mu, times(3, base[0].mu), rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_close(state[1].nu, times(3, base[0].nu), rtol=1e-5)
     chex.assert_trees_all_close(got, times(3**0.5, expected), rtol=1e-4)
 
