@@ -158,7 +158,7 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     rows = {}
     for name, params in models.items():
         test = m.accuracy(params, "test")
-        ratios = [100 * test[task] / own[task] for task in bench.tasks]
+        ratios = m.ratios(test, own)
         rows[name] = test | {
             "normalised": float(np.mean(ratios)),
             "spread": float(np.std(ratios)),  # over tasks

@@ -133,8 +133,8 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     found = {"base": (None, base, 0.0)}
     for name, merger in track([*MERGERS.items()], f"merging, seed {seed}"):
         vector = merger.vector(base, bench.models)
-        at = lambda f, v: jax.tree.map(lambda x, y: x + f * y, base, v)
-        choices = {f: functools.partial(at, f, vector) for f in config.factors}
+        at = functools.partial(merging.apply_vector, base, vector)
+        choices = {f: functools.partial(at, f) for f in config.factors}
         found[name] = best_of(m, choices)
     jobs = [(n, base, b, config.steps) for n, b in BALANCERS.items()]
     jobs += [
@@ -154,9 +154,8 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     seen = {name: steps * images / 1000 for name, _, _, steps in jobs}
     for name, (choice, params, seconds) in found.items():
         test = m.accuracy(params, "test")
-        ratios = [100 * test[task] / own[task] for task in bench.tasks]
         rows[name] = test | {
-            "normalised": float(np.mean(ratios)),
+            "normalised": float(np.mean(m.ratios(test, own))),
             "thousand images": seen.get(name, 0.0),
             "seconds": seconds,
         }

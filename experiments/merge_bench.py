@@ -150,7 +150,7 @@ def encoders(bench: Bench, method: str, tasks: Sequence[str]) -> Merged:
         vector = merger.vector(bench.base, models, key=jax.random.key(0))
         jax.block_until_ready(vector)
         seconds = time.perf_counter() - start
-    at = lambda f: jax.tree.map(lambda x, v: x + f * v, bench.base, vector)
+    at = lambda f: merging.apply_vector(bench.base, vector, f)
     factor = 1.0
     if method in TUNED:
         factor = max(FACTORS, key=lambda f: validation_accuracy(bench, at(f), tasks))

@@ -51,6 +51,12 @@ class Measures:
         models, tasks = self.bench.models, self.bench.tasks
         return with_mean({t: self.bench.accuracy(models[t], t, split) for t in tasks})
 
+    def ratios(
+        self, found: Mapping[str, float], individual: Mapping[str, float]
+    ) -> list[float]:
+        """Accuracies relative to the individual models, by task, in per cent."""
+        return [100 * found[t] / individual[t] for t in self.bench.tasks]
+
     def scaled(self, scale: float) -> Params:
         """Task arithmetic."""
         return merging.merge(self.bench.base, self.vectors, scale)

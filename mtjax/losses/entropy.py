@@ -1,5 +1,7 @@
 """The entropy of predictions."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,3 +32,20 @@ def entropy_loss(
     # A masked class has p = 0, and 0 times infinity is NaN.
     entropy = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
     return jnp.mean(entropy) / (np.log(logits.shape[-1]) if normalise else 1.0)
+
+
+def summed_entropies(
+    logits: Mapping[str, Float[Array, "..."]], *, normalise: bool = False
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The sum over tasks of the entropies of their predictions, and each of them.
+
+    Args:
+      logits: by task, at least one.
+      normalise: see `entropy_loss`.
+
+    Returns:
+      The sum, and the entropy by task, as `jax.value_and_grad(..., has_aux=True)` of a
+      loss wants them.
+    """
+    entropies = {t: entropy_loss(z, normalise=normalise) for t, z in logits.items()}
+    return jnp.sum(jnp.stack([*entropies.values()])), entropies

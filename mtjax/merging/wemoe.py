@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from mtjax.losses import entropy_loss
+from mtjax.losses import summed_entropies
 from mtjax.merging import task_arithmetic
 from mtjax.merging.compressed import task_vector
 from mtjax.merging.experts import Change, Experts
@@ -211,12 +211,11 @@ def wemoe_loss(
       The loss, and the entropy by task.
     """
 
-    def entropy(task):
+    def logits(task):
         outputs, _ = apply_routed(apply_fn, experts, routers, batch[task], config)
-        return entropy_loss(head_fn(task, outputs))
+        return head_fn(task, outputs)
 
-    entropies = {task: entropy(task) for task in batch}
-    return jnp.sum(jnp.stack([*entropies.values()])), entropies
+    return summed_entropies({task: logits(task) for task in batch})
 
 
 class Fitted(NamedTuple):

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from mtjax import merging
-from mtjax.losses import entropy_loss
+from mtjax.losses import summed_entropies
 from mtjax.merging.coefficients import (
     Coefficients,
     Granularity,
@@ -117,11 +116,8 @@ def adamerging_loss(
     params = merge_with_coefficients(
         base, vectors, coefficients, config.granularity, clamp=config.clamp
     )
-    of = lambda task: entropy_loss(
-        logits_fn(params, task, batch[task]), normalise=config.normalise
-    )
-    entropies = {task: of(task) for task in batch}
-    return jnp.sum(jnp.stack([*entropies.values()])), entropies
+    logits = {task: logits_fn(params, task, x) for task, x in batch.items()}
+    return summed_entropies(logits, normalise=config.normalise)
 
 
 class Adapted(NamedTuple):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from mtjax.losses import entropy_loss
+from mtjax.losses import summed_entropies
 from mtjax.merging import merge_with_coefficients, repeat_step
 from mtjax.merging.coefficients import Coefficients, init_coefficients
 from mtjax.merging.learning import OnStep
@@ -257,9 +257,7 @@ def concrete_loss(
     """
     params = masked_merge(base, vectors, mask, coefficients, config)
     logits = {task: logits_fn(params, task, x) for task, x in batch.items()}
-    of = lambda z: entropy_loss(z, normalise=config.merging.normalise)
-    entropies = {task: of(z) for task, z in logits.items()}
-    return jnp.sum(jnp.stack([*entropies.values()])), entropies
+    return summed_entropies(logits, normalise=config.merging.normalise)
 
 
 # --- Stage 1: the mask ----------------------------------------------------------------
