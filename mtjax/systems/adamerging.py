@@ -80,6 +80,7 @@ def ties_vectors(vectors: PyTree, density: float = 0.2) -> PyTree:
       Vectors like these, still one per task.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> vectors = {"w": jnp.array([[4.0, 2.0, 0.1, 0.2], [-3.0, 1.0, 0.3, 0.1]])}
       >>> print(ties_vectors(vectors, density=0.5)["w"])
       [[4. 2. 0. 0.]
