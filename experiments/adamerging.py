@@ -11,9 +11,8 @@ Expect:   accuracy 78.5 % layer-wise, 76.9 task-wise, 78.1 for task arithmetic w
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -22,15 +21,24 @@ from rich.progress import Progress
 from scipy.stats import spearmanr
 
 from experiments import merge_bench_models as merge_bench
-from experiments.merge_bench_measures import Images, Measures, batches, corrupted
+from experiments.merge_bench_measures import (
+    Images,
+    Measures,
+    batches,
+    corrupted,
+    mean_entropy,
+)
+from experiments.merge_bench_models import Params
 from experiments.merge_bench_seeds import per_seed, table
 from mtjax import merging
 from mtjax.analysis.plots import method_colors
-from mtjax.losses import entropy_loss
 from mtjax.merging.coefficients import clamped_share
 from mtjax.systems import adamerging
+from mtjax.systems.adamerging import AdaMergingConfig
 
-VARIANTS = {  # granularity, and whether task vectors are TIES-processed
+VARIANTS: dict[
+    str, tuple[Literal["task", "layer"], bool]
+] = {  # granularity, and whether task vectors are TIES-processed
     "task-wise": ("task", False),
     "task-wise++": ("task", True),
     "layer-wise": ("layer", False),
@@ -59,23 +67,28 @@ QUICK = Config(merge_bench.QUICK, seeds=1, steps=10, scales=(0.2, 0.4))
 
 
 def adapt(
-    measures: Measures, name: str, images: Images, config: Config, seed: int
+    measures: Measures,
+    vectors: Params,
+    images: Images,
+    config: AdaMergingConfig,
+    title: str,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
 ) -> adamerging.Adapted:
-    """Learns coefficients on unlabelled images."""
-    granularity, processed = VARIANTS[name]
-    plain = measures.vectors
+    """Learns coefficients of task vectors on unlabelled images."""
     with Progress() as progress:
-        bar = progress.add_task(f"{name}, seed {seed}", total=config.steps)
+        bar = progress.add_task(f"{title}, seed {seed}", total=steps)
         return adamerging.fit(
             measures.bench.logits,
             measures.bench.base,
-            adamerging.ties_vectors(plain) if processed else plain,
-            batches(images, config.batch_size, seed),
-            adamerging.AdaMergingConfig(
-                granularity, config.value, config.clamp, config.normalise
-            ),
-            steps=config.steps,
-            optimizer=optax.adam(config.learning_rate),
+            vectors,
+            batches(images, batch_size, seed),
+            config,
+            steps=steps,
+            optimizer=optax.adam(learning_rate),
             on_step=lambda *_: progress.advance(bar),
         )
 
@@ -85,14 +98,28 @@ def run(bench: merge_bench.Bench, config: Config, seed: int) -> dict[str, Any]:
     m = Measures(bench)
     stream, test = m.split("stream"), m.split("test")
     scale, models = m.fixed(config.scales)
-    adapted = {name: adapt(m, name, stream, config, seed) for name in VARIANTS}
+
+    def learn(name, images):
+        granularity, processed = VARIANTS[name]
+        return adapt(
+            m,
+            adamerging.ties_vectors(m.vectors) if processed else m.vectors,
+            images,
+            AdaMergingConfig(granularity, config.value, config.clamp, config.normalise),
+            name,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=seed,
+        )
+
+    adapted = {name: learn(name, stream) for name in VARIANTS}
     models |= {name: found.params for name, found in adapted.items()}
     rows = {}
     for name, params in models.items():
         logits = m.logits(params, stream)
-        entropies = [entropy_loss(jnp.array(z)) for z in logits.values()]
         rows[name] = m.accuracy(params, "test") | {
-            "entropy": float(np.mean(entropies)),
+            "entropy": mean_entropy(logits),
             "collapsed tasks": sum(map(adamerging.collapsed, logits.values())),
         }
     for name, found in adapted.items():
@@ -109,8 +136,7 @@ def run(bench: merge_bench.Bench, config: Config, seed: int) -> dict[str, Any]:
     }.items():
         if kind != "clean":
             shown = corrupted(stream, kind, amount, 2 * seed)
-            found = adapt(m, "layer-wise", shown, config, seed)
-            models[names[-1]] = found.params
+            models[names[-1]] = learn("layer-wise", shown).params
         shown = corrupted(test, kind, amount, 2 * seed + 1)
         for name, row in robust.items():
             row[kind] = m.accuracy(models[name], "test", shown)["mean"]

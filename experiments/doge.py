@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from matplotlib.figure import Figure
-from rich.progress import Progress, track
+from rich.progress import track
 
-from experiments.merge_bench_measures import Measures, batches
+from experiments.adamerging import adapt
+from experiments.merge_bench_measures import Measures
 from experiments.merge_bench_models import QUICK as QUICK_BENCH
 from experiments.merge_bench_models import Bench
 from experiments.merge_bench_models import Config as BenchConfig
@@ -33,7 +33,8 @@ from mtjax import merging
 from mtjax.analysis.plots import method_colors
 from mtjax.merging.match import named_leaves
 from mtjax.merging.matrices import to_matrices
-from mtjax.systems import adamerging, doge
+from mtjax.systems import doge
+from mtjax.systems.adamerging import AdaMergingConfig
 from mtjax.systems.doge import DogeConfig
 
 # What is taken away or exchanged, with the scale that `Config.scales` multiplies.
@@ -115,23 +116,6 @@ def look_inside(measures: Measures, config: DogeConfig) -> dict[str, Any]:
     return {"objective": np.mean(curves, 0).tolist(), "inside, %": 100 * inside / total}
 
 
-def adapted(measures: Measures, vectors, config: Config, seed: int, name: str):
-    """AdaMerging per layer, on the unlabelled stream."""
-    stream = batches(measures.split("stream"), config.batch_size, seed)
-    with Progress() as progress:
-        bar = progress.add_task(f"{name}, seed {seed}", total=config.steps)
-        return adamerging.fit(
-            measures.bench.logits,
-            measures.bench.base,
-            vectors,
-            stream,
-            adamerging.AdaMergingConfig("layer"),
-            steps=config.steps,
-            optimizer=optax.adam(config.learning_rate),
-            on_step=lambda *_: progress.advance(bar),
-        ).params
-
-
 def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     """All numbers of one seed."""
     m = Measures(bench)
@@ -151,10 +135,23 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     treated = doge.matrices(bench.base)
     plain = merging.task_vectors(bench.base, bench.models, where=treated)
     apart = replace(config.doge, scale=chosen["DOGE"], per_task=True)
-    vectors = doge.corrected(apart).changed(plain)
-    models["AdaMerging"] = adapted(m, m.vectors, config, seed, "AdaMerging")
-    models["AdaMerging, matrices"] = adapted(m, plain, config, seed, "matrices")
-    models[AM] = adapted(m, vectors, config, seed, AM)
+    learning = {
+        "AdaMerging": m.vectors,
+        "AdaMerging, matrices": plain,
+        AM: doge.corrected(apart).changed(plain),
+    }
+    for name, vectors in learning.items():
+        models[name] = adapt(
+            m,
+            vectors,
+            m.split("stream"),
+            AdaMergingConfig("layer"),
+            name,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=seed,
+        ).params
     rows = {}
     for name, params in models.items():
         test = m.accuracy(params, "test")

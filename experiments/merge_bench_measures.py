@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from experiments.merge_bench_models import Bench, Params
 from mtjax import merging
+from mtjax.losses import entropy_loss
 
 Images = Mapping[str, np.ndarray]
 """By task, uint8 of shape `(n, 28, 28)`."""
@@ -83,6 +85,11 @@ def with_mean(fractions: Mapping[str, Any]) -> dict[str, float]:
     """In per cent, and their `mean`."""
     found = {task: 100 * float(x) for task, x in fractions.items()}
     return found | {"mean": float(np.mean([*found.values()]))}
+
+
+def mean_entropy(logits: Mapping[str, np.ndarray]) -> float:
+    """Of predictions, in nats, averaged over tasks."""
+    return float(np.mean([entropy_loss(jnp.array(z)) for z in logits.values()]))
 
 
 def batches(images: Images, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:

@@ -9,11 +9,12 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Read when the backend starts, and by the processes that tests start. Programs run once
-# or a few times: compiling them with little optimisation takes two thirds of the time.
+# or a few times: compiling them with little optimisation and without the emitters of
+# fusions takes a third of the time.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

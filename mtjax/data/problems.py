@@ -149,7 +149,7 @@ def _load_table(
     drop: tuple[str, ...] = (),
     group: str | None = None,
 ) -> Problem:
-    sources = _official(dataset, data_dir)
+    sources = official_parts(dataset, data_dir)
     info = next(iter(sources.values())).info
     parts = {split: as_arrays(source) for split, source in sources.items()}
     columns = {
@@ -195,8 +195,19 @@ def _load_table(
     )
 
 
-def _official(dataset: str, data_dir: str | Path | None) -> dict[str, Any]:
-    """Opens the official training and test parts, or the one part that there is."""
+def official_parts(dataset: str, data_dir: str | Path | None) -> dict[str, Any]:
+    """Opens the official training and test parts, or the one part that there is.
+
+    Args:
+      dataset: the full name of the prepared data.
+      data_dir: folder of the prepared data.
+
+    Returns:
+      ``{split: source}``, the training part first.
+
+    Raises:
+      DataNotFoundError: if the data are not prepared.
+    """
     sources = {}
     for split in ("train", "test"):
         if split not in SPECS[dataset].splits:

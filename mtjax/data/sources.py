@@ -84,8 +84,9 @@ class TfdsSource:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns the example at `index`."""
-        return self._typed(self._source[index])
+        """Returns the example at `index`, counted from the end if negative."""
+        # Loops over a source end with an IndexError; TFDS raises a ValueError.
+        return self._typed(self._source[range(len(self))[index]])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns the examples at `indices`, which is faster than one by one."""

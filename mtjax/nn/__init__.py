@@ -1,10 +1,51 @@
 """Linen blocks that more than one system uses."""
 
+from mtjax.nn.adatt import AdaTT
+from mtjax.nn.aitm import AITM, InformationTransfer
 from mtjax.nn.cnn import CNN
+from mtjax.nn.cross_stitch import CrossStitch
+from mtjax.nn.dselect_k import DSelectK
+from mtjax.nn.esmm import ESMM
+from mtjax.nn.experts import Experts
+from mtjax.nn.gates import Gate
 from mtjax.nn.grams import dense_grams
+from mtjax.nn.hypernetwork import HyperDense, Hypernetwork
 from mtjax.nn.lenet import LeNet
 from mtjax.nn.mlp import MLP
+from mtjax.nn.mmoe import MMoE
+from mtjax.nn.ple import CGC, PLE
 from mtjax.nn.shared_bottom import SharedBottom
+from mtjax.nn.shared_bottom_ranker import SharedBottomRanker
+from mtjax.nn.snr import SNR
+from mtjax.nn.stem import STEM
+from mtjax.nn.task_leaves import is_shared
+from mtjax.nn.towers import Tower, Towers
 from mtjax.nn.vit import ViT
 
-__all__ = ["CNN", "MLP", "LeNet", "SharedBottom", "ViT", "dense_grams"]
+__all__ = [
+    "AITM",
+    "CGC",
+    "CNN",
+    "ESMM",
+    "MLP",
+    "PLE",
+    "SNR",
+    "STEM",
+    "AdaTT",
+    "CrossStitch",
+    "DSelectK",
+    "Experts",
+    "Gate",
+    "HyperDense",
+    "Hypernetwork",
+    "InformationTransfer",
+    "LeNet",
+    "MMoE",
+    "SharedBottom",
+    "SharedBottomRanker",
+    "Tower",
+    "Towers",
+    "ViT",
+    "dense_grams",
+    "is_shared",
+]

@@ -52,6 +52,21 @@ def test_prepared_examples_are_typed_arrays_in_file_order(prepared):
     assert batch["income"].dtype == np.int64
 
 
+def test_a_loop_over_a_source_ends(prepared):
+    for source in (
+        tfds_source("energy_efficiency", "train[:7]", data_dir=prepared),
+        array_source({"x": np.arange(7)}),
+    ):
+        rows = list(source)
+        assert len(rows) == 7
+        for name, column in as_arrays(source).items():
+            np.testing.assert_array_equal([row[name] for row in rows], column)
+            np.testing.assert_array_equal(source[-7][name], column[0])
+        for index in (7, -8):
+            with pytest.raises(IndexError):
+                source[index]
+
+
 def test_folder_and_slices(prepared):
     path = prepared / "energy_efficiency" / "1.0.0"
     assert len(folder_source(path, "train[:10%]")) == 77

@@ -176,10 +176,15 @@ def test_some_groups_and_some_parameters():
 
 
 def test_the_key_decides_and_decides_all():
+    """Of many local optima, which one is found depends on the key and nothing else."""
     _, _, groups, reference, model = case("vit")
     run = lambda seed: align(reference, model, groups, key=jax.random.key(seed))
-    first, again = run(3), run(3)
-    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    first = [run(seed) for seed in range(3)]
+    again = [run(seed) for seed in reversed(range(3))]
+    for one, other in zip(first, reversed(again)):
+        jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    orders = {tuple(map(tuple, found.permutations)) for found in first}
+    assert len(orders) > 1
 
 
 def test_dtypes_and_integers():

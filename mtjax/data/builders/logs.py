@@ -1,6 +1,7 @@
 """Logs of what people rated, viewed, clicked and bought."""
 
 import csv
+import datetime
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -58,6 +59,9 @@ def _read_movielens(folder: Path) -> Original:
         flags[[codes[genre] for genre in record["genres"].split("|")]] = 1
         return {"id": int(record["movieid"]), "genres": flags}
 
+    def title(record: Mapping[str, str]) -> dict[str, Any]:
+        return {record["movieid"]: record["title"].strip()}
+
     def pair(record: Mapping[str, str]) -> dict[str, Any]:
         return {"user": int(record["userid"]), "movie": int(record["movieid"])}
 
@@ -79,7 +83,9 @@ def _read_movielens(folder: Path) -> Original:
 
         yield from _records(ratings, rating)
 
-    return Original({"train": rows()}, {"genres": list(_GENRES)})
+    # Here and not in the rows, where reading them would take most of the time.
+    titles = {key: text for row in _records(movies, title) for key, text in row.items()}
+    return Original({"train": rows()}, {"genres": list(_GENRES), "titles": titles})
 
 
 def _read_diginetica(folder: Path) -> Original:
@@ -90,6 +96,7 @@ def _read_diginetica(folder: Path) -> Original:
             "session": int(record["session_id"]),
             "item": int(record["item_id"]),
             "timeframe": int(record["timeframe"]),
+            "day": datetime.date.fromisoformat(record["eventdate"]).toordinal(),
         }
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -99,6 +106,7 @@ def _read_diginetica(folder: Path) -> Original:
             ordered = sorted(group, key=lambda row: row["timeframe"])
             yield {
                 "session": session,
+                "day": max(row["day"] for row in ordered),
                 **{
                     f"{name}s": np.array([row[name] for row in ordered], np.int32)
                     for name in ("item", "timeframe")
@@ -177,8 +185,8 @@ LOGS: tuple[DatasetSpec, ...] = (
     DatasetSpec(
         name="movielens_latest_small",
         description="Ratings of films, 0.5 to 5 stars, by 610 users. `genres` are "
-        "flags (`metadata` names them), `liked` means four stars or more, `tagged` "
-        "that the user also gave the film a tag. No official split.",
+        "flags (`metadata` names them and has the `titles`), `liked` means four stars "
+        "or more, `tagged` that the user also gave the film a tag. No official split.",
         licence="GroupLens terms: redistribution under the same terms, no commercial "
         "use",
         homepage="https://grouplens.org/datasets/movielens/",
@@ -197,14 +205,15 @@ LOGS: tuple[DatasetSpec, ...] = (
     DatasetSpec(
         name="diginetica_sample",
         description="Sessions of visitors of a web shop: the viewed items in the order "
-        "of `timeframes`, at least one. Task: the next of `items`. No official split.",
+        "of `timeframes`, at least one, and the `day` of the last (ordinal, as in "
+        "Python's datetime). Task: the next of `items`. No official split.",
         licence="unclear (the source states none)",
         homepage="https://github.com/CRIPAC-DIG/SR-GNN",
         citation="CIKM Cup 2016 Track 2: Personalized E-Commerce Search Challenge.",
         tasks=("items",),
         splits={"train": 2_986},
         features=lambda: {
-            **_integers("session"),
+            **_integers("session", "day"),
             "items": tfds.features.Tensor(shape=(None,), dtype=np.int32),
             "timeframes": tfds.features.Tensor(shape=(None,), dtype=np.int32),
         },
