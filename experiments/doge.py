@@ -11,7 +11,7 @@ Expect:   DOGE keeps 92 % of the individual models' accuracy, TA 91; 91 without 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rich.progress import track
 from experiments.adamerging import adapt
 from experiments.merge_bench_measures import Measures
 from experiments.merge_bench_models import QUICK as QUICK_BENCH
-from experiments.merge_bench_models import Bench
+from experiments.merge_bench_models import Bench, Params
 from experiments.merge_bench_models import Config as BenchConfig
 from experiments.merge_bench_seeds import per_seed, table
 from mtjax import merging
@@ -77,21 +77,23 @@ QUICK = Config(
 )
 
 
-# A merger compiles anew for every object.
-@functools.cache
-def merger_of(config: DogeConfig) -> merging.Merger:
-    """DOGE with this configuration."""
-    return doge.doge(config)
+# Compiled once for all scales.
+@functools.partial(jax.jit, static_argnums=0)
+def merged(
+    config: DogeConfig, base: Params, models: dict[str, Params], scale
+) -> Params:
+    """DOGE with another scale."""
+    return doge.doge_merge(base, models, replace(config, scale=scale))
 
 
 def tuned(
-    measures: Measures, configs: dict[float, DogeConfig]
-) -> tuple[float, Any, dict[float, float]]:
+    measures: Measures, config: DogeConfig, scales: Sequence[float]
+) -> tuple[float, Params, dict[float, float]]:
     """The best scale on validation images, its model, and the accuracy of all."""
     base, models = measures.bench.base, measures.bench.models
-    where, best, scores = doge.matrices(base), (-1.0, 0.0, base), {}
-    for scale, config in configs.items():
-        params = merger_of(config)(base, models, where=where)
+    best, scores = (-1.0, 0.0, base), {}
+    for scale in scales:
+        params = merged(config, base, models, scale)
         scores[scale] = measures.accuracy(params, "validation")["mean"]
         if scores[scale] > best[0]:
             best = scores[scale], scale, params
@@ -124,13 +126,12 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     chosen, sweeps, insides = {"TA (tuned)": scale}, {}, {}
     for name, changes in track([*VARIANTS.items()], f"DOGE, seed {seed}"):
         variant = replace(config.doge, **changes)
-        configs = {s: replace(variant, scale=s) for s in config.scales}
-        chosen[name], models[name], sweeps[name] = tuned(m, configs)
+        best, models[name], sweeps[name] = tuned(m, variant, config.scales)
+        chosen[name] = best
         if variant.steps and variant.solver == "adam":
-            insides[name] = look_inside(m, configs[chosen[name]])
+            insides[name] = look_inside(m, replace(variant, scale=best))
     norm = replace(config.doge, coefficients="norm")
-    configs = {s: replace(norm, scale=s) for s in config.published}
-    _, _, sweeps["DOGE, norms"] = tuned(m, configs)
+    _, _, sweeps["DOGE, norms"] = tuned(m, norm, config.published)
 
     treated = doge.matrices(bench.base)
     plain = merging.task_vectors(bench.base, bench.models, where=treated)
@@ -161,9 +162,6 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
             "spread": float(np.std(ratios)),  # over tasks
         }
     rows["individual"] = own | {"normalised": 100.0, "spread": 0.0}
-    # Hundreds of compiled programs would fill the memory maps of a process.
-    merger_of.cache_clear()
-    jax.clear_caches()
     return {
         "rows": rows,
         "chosen": {name: {"scale": s} for name, s in chosen.items()},

@@ -5,6 +5,7 @@ matplotlib.
 """
 
 from mtjax.analysis.conflict import ConflictStatistics, conflict_statistics
+from mtjax.analysis.gates import ExpertUtilisation, expert_utilisation
 from mtjax.analysis.power_law import (
     PowerLaw,
     mean_power_law_alpha,
@@ -15,9 +16,11 @@ from mtjax.analysis.sharpness import Sharpness, task_sharpness
 
 __all__ = [
     "ConflictStatistics",
+    "ExpertUtilisation",
     "PowerLaw",
     "Sharpness",
     "conflict_statistics",
+    "expert_utilisation",
     "mean_power_law_alpha",
     "power_law_alpha",
     "power_law_fit",

@@ -217,6 +217,42 @@ def plot_effects(
     return figure
 
 
+def plot_gates(
+    panels: Mapping[str, np.ndarray], *, gates: Sequence[str], title: str = ""
+) -> Figure:
+    """Draws mean gate weights as heat maps, one row per task and a column per expert.
+
+    Args:
+      panels: per panel (a level, or a model), `(gates, experts)` mean weights, such as
+        `mtjax.analysis.expert_utilisation(...).weights`.
+      gates: names of the rows; those of panels with more rows are numbered.
+      title: of the figure.
+
+    Returns:
+      The figure. All panels share one scale from 0 to 1.
+    """
+    widths = [np.shape(weights)[1] for weights in panels.values()]
+    rows = max(len(weights) for weights in panels.values())
+    size = (0.62 * sum(widths) + 1.4 * len(panels) + 0.8, 0.5 * rows + 1.2)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    image = None
+    for ax, (name, weights) in zip(axes, panels.items()):
+        image = ax.imshow(weights, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+        for (i, j), weight in np.ndenumerate(weights):
+            color = "white" if weight > 0.6 else "0.2"
+            style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+            ax.text(j, i, f"{weight:.2f}", **style)
+        named = gates if len(gates) == len(weights) else range(len(weights))
+        ax.set_yticks(range(len(weights)), list(map(str, named)))
+        ax.set_xticks(range(np.shape(weights)[1]))
+        ax.set(title=name, xlabel="expert")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="mean gate weight")
+    figure.suptitle(title)
+    return figure
+
+
 def _line_with_range(ax: Axes, steps, values, color: str, label: str) -> None:
     ax.plot(steps, values.mean(0), color=color, linewidth=1.8, label=label)
     if len(values) > 1:

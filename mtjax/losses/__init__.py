@@ -1,13 +1,31 @@
 """Task losses that optax does not have."""
 
 from mtjax.losses.contrastive import contrastive_loss, in_batch_contrastive_loss
+from mtjax.losses.entire_space import (
+    EntireSpaceLosses,
+    LogProbabilities,
+    doubly_robust_loss,
+    entire_space_losses,
+    imputation_loss,
+    inverse_propensity_loss,
+    product_of_chances,
+)
 from mtjax.losses.entropy import entropy_loss, summed_entropies
+from mtjax.losses.label_chain import label_chain_penalty
 from mtjax.losses.masked import masked_mean
 
 __all__ = [
+    "EntireSpaceLosses",
+    "LogProbabilities",
     "contrastive_loss",
+    "doubly_robust_loss",
+    "entire_space_losses",
     "entropy_loss",
+    "imputation_loss",
     "in_batch_contrastive_loss",
+    "inverse_propensity_loss",
+    "label_chain_penalty",
     "masked_mean",
+    "product_of_chances",
     "summed_entropies",
 ]

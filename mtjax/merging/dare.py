@@ -48,7 +48,9 @@ def _bits(leaf: Leaf) -> UInt16[Array, "models ..."]:
 
     def draw(model, number):
         key = jax.random.fold_in(jax.random.fold_in(leaf.key, model), number)
-        return jax.random.bits(key, (BLOCK,), jnp.uint16)[:block]
+        # Two numbers per word: for numbers of 16 bits, JAX would hash as many words.
+        words = jax.random.bits(key, (BLOCK // 2,), jnp.uint32)
+        return jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:block]
 
     drawn = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(jnp.arange(models), numbers)
     return drawn.reshape(models, -1)[:, :size].reshape(leaf.vectors.shape)

@@ -35,7 +35,8 @@ class DogeConfig:
     Attributes:
       scale: $\eta$ of the coefficients, > 0; 0.07 for CLIP's encoders. The size of the
         merged vector is about $T \eta$ per matrix whatever the model, so that others
-        want their own value, or `coefficients="relative"`.
+        want their own value, or `coefficients="relative"`. In `jax.jit` it may be
+        traced, so that many are tried by one program.
       coefficients: of the sum over tasks, per matrix. `"norm"`: $\eta / \|\tau_i\|_F$;
         `"relative"`: that times the mean of all $\|\tau_i\|_F$; `"constant"`: $\eta$.
       density: fraction of every task vector that is kept, the largest elements of all
@@ -56,7 +57,7 @@ class DogeConfig:
       out_axis: of the parameters; -1: outputs of Flax's kernels, 0: of PyTorch's.
     """
 
-    scale: float = 0.07
+    scale: float | Float[Array, ""] = 0.07
     coefficients: Literal["norm", "relative", "constant"] = "norm"
     density: float = 0.3
     divisor: float | int = 6
@@ -72,7 +73,10 @@ class DogeConfig:
     def __post_init__(self):
         """Checks the ranges."""
         rules = {
-            "scale": (self.scale > 0, "positive"),
+            "scale": (
+                isinstance(self.scale, jax.core.Tracer) or self.scale > 0,
+                "positive",
+            ),
             "density": (0 < self.density <= 1, "in (0, 1]"),
             "divisor": (self.divisor >= 1, "at least 1"),
             "steps": (self.steps >= 0, "at least 0"),

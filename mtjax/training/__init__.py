@@ -1,7 +1,20 @@
 """Training: state, step, loop, checkpoints, meshes, metrics and loggers."""
 
 from mtjax.training.checkpoint import Checkpoints
-from mtjax.training.comparison import DeltaM, delta_m, mean_rank, seed_table
+from mtjax.training.click_metrics import (
+    GroupedAuc,
+    calibration_ratio,
+    click_calibration_error,
+    click_metrics,
+    gauc,
+)
+from mtjax.training.comparison import (
+    DeltaM,
+    delta_m,
+    mean_rank,
+    mtl_gain,
+    seed_table,
+)
 from mtjax.training.logging import (
     JsonlLogger,
     Logger,
@@ -35,6 +48,11 @@ from mtjax.training.metrics import (
     predictive_entropy,
     score,
 )
+from mtjax.training.ranking_metrics import (
+    full_ranks,
+    full_ranks_in_blocks,
+    top_k_metrics,
+)
 from mtjax.training.run_config import ConfigMismatchError
 from mtjax.training.state import TrainState
 from mtjax.training.step import make_train_step
@@ -58,21 +76,29 @@ __all__ = [
     "ConfigMismatchError",
     "DeltaM",
     "EarlyStop",
+    "GroupedAuc",
     "JsonlLogger",
     "Logger",
     "Metric",
     "TensorBoardLogger",
     "TrainState",
     "WandbLogger",
+    "calibration_ratio",
+    "click_calibration_error",
+    "click_metrics",
     "combine_loggers",
     "data_mesh",
     "delta_m",
     "fit",
+    "full_ranks",
+    "full_ranks_in_blocks",
     "fully_sharded",
+    "gauc",
     "initialize_distributed",
     "make_train_step",
     "make_unmixed_step",
     "mean_rank",
+    "mtl_gain",
     "place",
     "predictive_entropy",
     "replicate",
@@ -80,4 +106,5 @@ __all__ = [
     "seed_table",
     "shard_batch",
     "step_milliseconds",
+    "top_k_metrics",
 ]

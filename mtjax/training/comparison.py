@@ -128,6 +128,47 @@ def delta_m(
     return DeltaM(float(np.mean(parts)), per_task, changes, baseline_name, convention)
 
 
+def mtl_gain(
+    results: Results, single: Results, directions: Directions
+) -> dict[str, dict[str, float]]:
+    r"""Difference to the single-task models, positive where several tasks help.
+
+    .. math:: s_{ti} (M_{ti} - S_{ti})
+
+    with ``results`` :math:`M`, ``single`` :math:`S` and :math:`s = 1` where higher
+    values are better, else :math:`-1`. :func:`delta_m` is its relative form.
+
+    Args:
+      results: ``{task: {metric: value}}`` of the multi-task model.
+      single: the same of one model per task with the same architecture and samples.
+      directions: ``{task: {metric: "higher" or "lower"}}``, what is better.
+
+    Returns:
+      ``{task: {metric: gain}}``, in the units of the metric.
+
+    Raises:
+      ValueError: if a value is missing or a direction is unknown.
+
+    Example:
+      >>> mtl_gain({"a": {"mae": 1.0}}, {"a": {"mae": 1.5}}, {"a": {"mae": "lower"}})
+      {'a': {'mae': 0.5}}
+
+    References:
+      Progressive Layered Extraction, 2020, section 5.1.3.
+    """
+    return {
+        task: {
+            metric: _sign(direction, task, metric)
+            * (
+                _look_up(results, "results", task, metric)
+                - _look_up(single, "single", task, metric)
+            )
+            for metric, direction in metrics.items()
+        }
+        for task, metrics in directions.items()
+    }
+
+
 def mean_rank(table: Mapping[str, Results], directions: Directions) -> dict[str, float]:
     """Ranks the methods on every metric of every task and averages the ranks.
 

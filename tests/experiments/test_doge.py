@@ -16,6 +16,7 @@ def test_compares_all_variants(tmp_path):
         published=(0.07,),
         steps=2,
     )
+    doge.merged.clear_cache()
     (found,) = doge.main(config, tmp_path, tmp_path / "models")
     methods = {*doge.VARIANTS, doge.AM, "AdaMerging", "TA (tuned)", "individual"}
     assert methods <= set(found["rows"])
@@ -28,4 +29,6 @@ def test_compares_all_variants(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {name} |" in table for name in methods)
     assert (tmp_path / "doge.png").stat().st_size > 5_000
+    # Compiled once, whatever the scale; and with the coefficients as published.
+    assert doge.merged._cache_size() == len(doge.VARIANTS) + 1
     assert doge.main(config, tmp_path, tmp_path / "models") == [found]

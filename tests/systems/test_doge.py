@@ -290,6 +290,16 @@ def test_works_inside_jit():
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["norm", "relative", "constant"])
+def test_all_scales_are_tried_by_one_program(kind):
+    config = DogeConfig(coefficients=kind, steps=3, learning_rate=1e-2)
+    merge = lambda scale: doge_merge(base, MODELS, replace(config, scale=scale))
+    compiled = jax.jit(chex.assert_max_traces(merge, n=1))
+    for scale in (0.2, 0.7):
+        found = compiled(scale)
+        chex.assert_trees_all_close(found, merge(scale), rtol=1e-5, atol=1e-6)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="`where` must choose at least one parameter"):
         doge_merge(base, MODELS, where="bias")
