@@ -1,5 +1,6 @@
 """Task losses that optax does not have."""
 
+from mtjax.losses.binary import binary_losses
 from mtjax.losses.contrastive import contrastive_loss, in_batch_contrastive_loss
 from mtjax.losses.entire_space import (
     EntireSpaceLosses,
@@ -17,6 +18,7 @@ from mtjax.losses.masked import masked_mean
 __all__ = [
     "EntireSpaceLosses",
     "LogProbabilities",
+    "binary_losses",
     "contrastive_loss",
     "doubly_robust_loss",
     "entire_space_losses",
