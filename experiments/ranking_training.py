@@ -6,7 +6,7 @@ to a logit per task and example; `Embedded` makes one of a module that takes vec
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.core import FrozenDict
 from rich.progress import Progress
 
 import mtjax
 from mtjax.data.ranking import RankingProblem
 from mtjax.losses.binary import binary_losses
+from mtjax.nn.fields import FieldEmbeddings
 from mtjax.training.click_metrics import click_metrics
 from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
@@ -55,28 +57,31 @@ class Embedded(nn.Module):
     """Embeddings of all fields and the numbers, put in front of a ranker of vectors."""
 
     body: nn.Module
-    vocabulary_sizes: tuple[int, ...]
+    vocabulary_sizes: Mapping[str, int]
+    numbers: int
     width: int = 4  # of an embedding
+    groups: tuple[str, ...] = ()  # with tables of their own, for STEM
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Any], *, train: bool = False) -> Logits:
         """The logits of every task."""
-        # One table for all fields: one gather instead of one per field.
-        starts = np.cumsum([0, *self.vocabulary_sizes])
-        table = nn.Embed(
-            int(starts[-1]),
-            self.width,
-            embedding_init=nn.initializers.normal(0.05),
-            name="fields",
-        )
-        ids = batch["categorical"] + starts[None, :-1].astype(np.int32)
-        x = table(ids).reshape(len(ids), -1)
-        return self.body(jnp.concatenate([x, batch["numeric"]], axis=-1), train=train)
+
+        def embed(name: str) -> jax.Array:
+            fields = FieldEmbeddings(
+                self.vocabulary_sizes, self.width, numbers=self.numbers, name=name
+            )
+            return fields(batch["categorical"], batch["numeric"])
+
+        groups = {group: embed(f"{group}_fields") for group in self.groups}
+        return self.body(groups or embed("fields"), train=train)
 
 
-def embedded(body: nn.Module, problem: RankingProblem, width: int = 4) -> Embedded:
+def embedded(
+    body: nn.Module, problem: RankingProblem, width: int = 4, groups: Sequence[str] = ()
+) -> Embedded:
     """The ranker of a problem's fields and numbers."""
-    return Embedded(body, tuple(problem.vocabulary_sizes.values()), width)
+    sizes, numbers = FrozenDict(problem.vocabulary_sizes), len(problem.numbers)
+    return Embedded(body, sizes, numbers, width, tuple(groups))
 
 
 def fit(

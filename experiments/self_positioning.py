@@ -11,7 +11,6 @@ Expect:   not measured yet.
 
 import itertools
 import json
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,14 @@ import tyro
 from matplotlib.figure import Figure
 from rich.progress import Progress, track
 
-from experiments.self_positioning_bench import TASKS, Bench, fisher, mixed, trained
+from experiments.self_positioning_baselines import (
+    more,
+    number_of,
+    shared_out,
+    single_models,
+    tuned,
+)
+from experiments.self_positioning_bench import TASKS, Bench, fisher
 from experiments.self_positioning_bench import Config as BenchConfig
 from experiments.self_positioning_data import Sizes
 from mtjax import merging
@@ -99,22 +105,15 @@ def search(
 def run(config: Config, seed: int) -> dict[str, Any]:
     """All numbers of one seed."""
     bench = Bench(config.bench, seed)
-    passes = {task: bench.passes(task) for task in TASKS}
-    total = sum(passes.values())
-    last = lambda batches: deque(trained(bench, batches), maxlen=1)[0]
+    passes = number_of(bench)
 
     # What happens without merging.
-    models, stages = {"base": bench.base}, []
-    for i, params in enumerate(trained(bench, mixed(bench, passes | {"sts": 0})), 1):
-        stages += [params] * (i in config.growth)
-        models["intent alone"] = params
-    models["sts alone"] = last(mixed(bench, passes | {"intent": 0}))
-    models["joint"] = last(mixed(bench, passes))
+    single, stages = single_models(bench, config.growth)
+    models = {"base": bench.base} | {f"{t} alone": x for t, x in single.items()}
+    models["joint"] = tuned(bench, passes)
     for share in config.shares:
-        few = round(share * total)
-        name = f"joint, {share:.0%} sts"
-        models[name] = last(mixed(bench, {"intent": total - few, "sts": few}))
-    single = {task: models[f"{task} alone"] for task in TASKS}
+        number = shared_out(passes, share, "total")
+        models[f"joint, {share:.0%} sts"] = tuned(bench, number)
 
     # What happens to the vectors.
     of = lambda found: merging.task_vectors(bench.base, found)
@@ -217,9 +216,17 @@ def main(config: Config, out: Path) -> list[dict[str, Any]]:
     open_run_folder(out, config)
     results = []
     for seed in range(config.seeds):
-        if not (path := out / f"seed_{seed}.json").exists():
-            write_atomically(path, json.dumps(run(config, seed)))
-        results.append(json.loads(path.read_text()))
+        parts = {
+            "seed": lambda seed=seed: run(config, seed),
+            "more": lambda seed=seed: more(config.bench, config.shares, seed),
+        }
+        for name, measured in parts.items():
+            if not (path := out / f"{name}_{seed}.json").exists():
+                write_atomically(path, json.dumps(measured()))
+        found, later = (
+            json.loads((out / f"{n}_{seed}.json").read_text()) for n in parts
+        )
+        results.append(found | {"rows": found["rows"] | later})
     parts = {
         "Test scores, %": "rows",
         "Positions, and loss of the probe, nats": "positions",

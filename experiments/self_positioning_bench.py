@@ -17,6 +17,7 @@ from mtjax import merging
 from mtjax.losses import in_batch_contrastive_loss
 from mtjax.nn.bert import Layer, sentence_vectors
 from mtjax.nn.bert_files import load_minilm
+from mtjax.nn.grams import dense_grams
 from mtjax.systems.self_positioning import Pairs
 
 TASKS = ("intent", "sts")
@@ -43,6 +44,7 @@ class Bench:
     Attributes:
       base: parameters of the layers that learn.
       embed: from these and (states, mask) to sentence vectors.
+      layer: the module of each of them.
     """
 
     def __init__(self, config: Config, seed: int):
@@ -54,6 +56,7 @@ class Bench:
         names = [f"layer_{i}" for i in range(model.depth)][-config.layers :]
         self.base = {name: params[name] for name in names}
         layer = Layer(model.heads, model.hidden, model.eps, model.activation)
+        self.layer = layer
 
         def embed(params, inputs):
             x, mask = inputs
@@ -200,6 +203,31 @@ def fisher(bench: Bench, params: Any, task: str) -> Any:
         (bench.inputs(part), np.zeros(4, int)) for part in texts.reshape(-1, 4, 5)
     )
     return merging.fisher_information(logits, params, batches, labels="given")
+
+
+def input_grams(bench: Bench, params: Any, task: str) -> dict[str, jax.Array]:
+    """Mean inner products of what the kernels see on training texts, for RegMean."""
+
+    @jax.jit
+    def of(params, x, mask):
+        grams, x = {}, x.astype(jnp.float32)
+        for name, own in params.items():
+            out = []
+            run = lambda own=own, x=x, out=out: out.append(
+                bench.layer.apply({"params": own}, x, mask)
+            )
+            grams |= {f"{name}/{path}": g for path, g in dense_grams(run).items()}
+            (x,) = out
+        return grams
+
+    states, mask = bench.inputs(np.unique(bench.data.tasks[task].pairs["train"]))
+    lengths = mask.sum(axis=1)
+    # Texts of one length have no padding, which would be counted too.
+    found = [
+        of(params, states[lengths == n, :n], mask[lengths == n, :n])
+        for n in track(np.unique(lengths), f"inputs of {task}")
+    ]
+    return jax.tree.map(lambda *grams: sum(grams) / lengths.sum(), *found)
 
 
 def _wide(x: np.ndarray, tokens: int) -> np.ndarray:

@@ -7,6 +7,12 @@ from mtjax.nn.cross_stitch import CrossStitch
 from mtjax.nn.dselect_k import DSelectK
 from mtjax.nn.esmm import ESMM
 from mtjax.nn.experts import Experts
+from mtjax.nn.fields import (
+    FieldEmbeddings,
+    TaskFieldEmbeddings,
+    embedding_width,
+    hash_ids,
+)
 from mtjax.nn.gates import Gate
 from mtjax.nn.grams import dense_grams
 from mtjax.nn.hypernetwork import HyperDense, Hypernetwork
@@ -14,6 +20,14 @@ from mtjax.nn.lenet import LeNet
 from mtjax.nn.mlp import MLP
 from mtjax.nn.mmoe import MMoE
 from mtjax.nn.ple import CGC, PLE
+from mtjax.nn.pooling import (
+    SelfAttentionPooling,
+    TargetAttention,
+    TargetMultiHeadAttention,
+    mean_pool,
+)
+from mtjax.nn.senet import SENet
+from mtjax.nn.sharded_embedding import row_sharding, take_sharded
 from mtjax.nn.shared_bottom import SharedBottom
 from mtjax.nn.shared_bottom_ranker import SharedBottomRanker
 from mtjax.nn.snr import SNR
@@ -35,17 +49,28 @@ __all__ = [
     "CrossStitch",
     "DSelectK",
     "Experts",
+    "FieldEmbeddings",
     "Gate",
     "HyperDense",
     "Hypernetwork",
     "InformationTransfer",
     "LeNet",
     "MMoE",
+    "SENet",
+    "SelfAttentionPooling",
     "SharedBottom",
     "SharedBottomRanker",
+    "TargetAttention",
+    "TargetMultiHeadAttention",
+    "TaskFieldEmbeddings",
     "Tower",
     "Towers",
     "ViT",
     "dense_grams",
+    "embedding_width",
+    "hash_ids",
     "is_shared",
+    "mean_pool",
+    "row_sharding",
+    "take_sharded",
 ]

@@ -1,10 +1,13 @@
 """Original files beside the repository, and a few sets prepared from them once."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mtjax.data import prepare
+from mtjax.data.builders.prepare import SPECS
 
 FOLDERS = {"banking77": "polyai_banking77_nlupp"}
 
@@ -37,3 +40,20 @@ def prepared(originals, tmp_path_factory):
     ):
         prepare(name, originals(name), data_dir, progress=False)
     return data_dir
+
+
+class _Rows(list):
+    info: SimpleNamespace
+
+
+@pytest.fixture(scope="session")
+def first_rows(originals):
+    """Reads the first rows of an original file, to stand for prepared data."""
+
+    def read(name: str, split: str, number: int) -> _Rows:
+        original = SPECS[name].read(originals(name))
+        rows = _Rows(itertools.islice(original.splits[split], number))
+        rows.info = SimpleNamespace(metadata=original.metadata)
+        return rows
+
+    return read

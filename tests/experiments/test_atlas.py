@@ -7,49 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import atlas, atlas_few_shot, atlas_test_time, merge_bench_models
+from experiments import atlas, atlas_few_shot, atlas_test_time
 from experiments.atlas_shared import labelled, tune, views
-from experiments.merge_bench_models import Bench
-from mtjax.nn import ViT
-
-SPLITS = ("train", "validation", "stream", "test")
-
-
-def untrained(config, seed, out):
-    """A bench whose models are drawn, not trained."""
-    rng = np.random.default_rng(seed)
-    model = ViT(patch=14, width=4, depth=1, heads=1, hidden=4)
-    base = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))["params"]
-    change = lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    tasks = ("b", "a", "c")
-    part = lambda: {
-        "images": rng.integers(256, size=(12, 28, 28)).astype(np.uint8),
-        "labels": (np.arange(12) % 3).astype(np.int32),
-    }
-    return Bench(
-        tasks,
-        base,
-        {task: jax.tree.map(change, base) for task in tasks},
-        {t: {"kernel": jnp.eye(4)[:, :3], "bias": jnp.ones(3)} for t in tasks},
-        {task: {split: part() for split in SPLITS} for task in tasks},
-        model,
-    )
-
-
-@pytest.fixture
-def prepared(monkeypatch):
-    seen = []
-
-    def prepare(config, seed, out):
-        seen.append(out)
-        return untrained(config, seed, out)
-
-    monkeypatch.setattr(merge_bench_models, "prepare", prepare)
-    return seen
+from experiments.merge_bench_measures import Measures
+from mtjax.data.pseudo_labels import trusted_labels
 
 
 @pytest.mark.slow
-def test_addition_and_negation(prepared, tmp_path):
+def test_addition_and_negation(drawn_bench, prepared, tmp_path):
+    calls = prepared(lambda *_: drawn_bench(examples=12))
     config = replace(atlas.QUICK, steps=4, every=2, negation_steps=2, negation_every=1)
     config = replace(config, scales=(0.3,), batch_size=6, adamerging_steps=2)
     results = atlas.main(config, tmp_path, tmp_path / "models")
@@ -75,12 +41,13 @@ def test_addition_and_negation(prepared, tmp_path):
     assert (tmp_path / "atlas.png").stat().st_size > 10_000
     # A second start reads what is there.
     assert atlas.main(config, tmp_path, tmp_path / "models") == results
-    assert len(prepared) == 1
+    assert len(calls) == 1
 
 
 @pytest.mark.slow
-def test_few_shots(prepared, tmp_path, monkeypatch):
-    data = untrained(None, 7, None).data["a"]
+def test_few_shots(drawn_bench, prepared, tmp_path, monkeypatch):
+    calls = prepared(lambda *_: drawn_bench(examples=12))
+    data = drawn_bench(seed=7, examples=12).data["a"]
     monkeypatch.setattr(atlas_few_shot, "load_data", lambda names, *_: {names[0]: data})
     config = replace(atlas_few_shot.QUICK, steps=2, shots=(2,), batch_size=4)
     results = atlas_few_shot.main(config, tmp_path, tmp_path / "models")
@@ -91,7 +58,7 @@ def test_few_shots(prepared, tmp_path, monkeypatch):
     assert [*budgets["gradient, blockwise"]] == ["1 vectors"]
     assert (tmp_path / "atlas_few_shot.png").stat().st_size > 10_000
     # Neither the models nor their task vectors know the task.
-    assert prepared == [tmp_path / "models" / "without_digits_270"]
+    assert [out for *_, out in calls] == [tmp_path / "models" / "without_digits_270"]
 
 
 def test_the_task_that_is_held_out_is_not_in_the_bench():
@@ -102,7 +69,8 @@ def test_the_task_that_is_held_out_is_not_in_the_bench():
 
 
 @pytest.mark.slow
-def test_test_time(prepared, tmp_path):
+def test_test_time(drawn_bench, prepared, tmp_path):
+    prepared(lambda *_: drawn_bench(examples=12))
     config = replace(atlas_test_time.QUICK, steps=2, batch_size=4)
     results = atlas_test_time.main(config, tmp_path, tmp_path / "models")
     assert {"base", "aTLAS, UFM", "LayerNorm, SAR"} <= {*results[0]["rows"]}
@@ -113,17 +81,23 @@ def test_test_time(prepared, tmp_path):
 
 
 @pytest.mark.slow
-def test_labels_play_no_part_at_test_time():
-    """Labels of the stream that would poison everything change not one bit."""
-    bench = untrained(None, 0, None)
+def test_labels_play_no_part_at_test_time(drawn_bench):
+    """Labels that would poison everything change not one bit."""
+    bench = drawn_bench(examples=60)
     config = replace(atlas_test_time.QUICK, steps=2, batch_size=4)
-    run = lambda: atlas_test_time.adapt(
-        atlas_test_time.Measures(bench), "a", "UFM", "aTLAS", config, 0
-    )
+    m = Measures(bench)
+    run = lambda: atlas_test_time.adapt(m, "a", "UFM", "aTLAS", config, 0)
     expected = run()
-    bench.data["a"]["stream"]["labels"] = np.full(12, -99, np.int32)
-    found = run()
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, bench.base)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    # It has labels to learn from, which are the model's own guesses.
+    stream = bench.data["a"]["stream"]
+    own = trusted_labels(m.logits(bench.base, {"a": stream["images"]})["a"])
+    assert (own >= 0).any()
+    assert (own != stream["labels"])[own >= 0].any()
+    for split in bench.data["a"].values():
+        split["labels"] = (split["labels"] + 1) % 3
+    jax.tree.map(np.testing.assert_array_equal, run(), expected)
 
 
 def test_views():

@@ -9,13 +9,8 @@ import pytest
 
 from experiments import balancing_study
 from mtjax.study.sweep import Sweep
-from mtjax.training import ConfigMismatchError
 
 TINY = dataclasses.replace(balancing_study.QUICK, methods=("equal", "mgda"))
-
-
-class Killed(BaseException):
-    """Like an interrupt, not an error of a method."""
 
 
 def invented(sweep: Sweep, steps: int) -> list:
@@ -44,33 +39,19 @@ def untrained(monkeypatch):
 
 
 @pytest.mark.slow
-def test_quick_run_goes_on_with_the_same_numbers(tmp_path, monkeypatch):
-    original, trained = Sweep.results, []
-
-    def dying(sweep, steps):
-        results = original(sweep, steps)
-        if len(trained) == 3:  # both tasks alone and the plain sum are done
-            raise Killed
-        trained.append(steps)
-        return results
-
-    monkeypatch.setattr(Sweep, "results", dying)
+def test_quick_run_goes_on_with_the_same_numbers(tmp_path, dies):
+    trained = dies(Sweep, "results", 4)  # both tasks alone and the plain sum are done
     out = tmp_path / "cut"
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         balancing_study.main(TINY, out)
     cells = {path.stem for path in (out / "multi_mnist").iterdir()}
     assert cells == {"single-task left", "single-task right", "equal"}
     assert not (out / "results.json").exists()
 
-    def counting(sweep, steps):
-        trained.append(steps)
-        return original(sweep, steps)
-
-    monkeypatch.setattr(Sweep, "results", counting)
     resumed = balancing_study.main(TINY, out)["multi_mnist"]
-    assert len(trained) == 4  # only the one that was cut off
+    assert len(trained) == 5  # only the one that was cut off
     whole = balancing_study.main(TINY, tmp_path / "whole")["multi_mnist"]
-    assert len(trained) == 8
+    assert len(trained) == 9
     for row, other in zip(resumed.rows, whole.rows, strict=True):
         same = dataclasses.replace(row, step_ratio=other.step_ratio)
         assert same == other
@@ -138,12 +119,6 @@ def test_a_failing_baseline_is_an_error(tmp_path, untrained):
     with pytest.raises(FloatingPointError):
         balancing_study.main(TINY, tmp_path)
     assert not list(tmp_path.rglob("*.png"))
-
-
-def test_another_configuration_needs_another_folder(tmp_path):
-    (tmp_path / "config.json").write_text('{"seeds": 7}')
-    with pytest.raises(ConfigMismatchError, match="seeds: 7 there"):
-        balancing_study.main(TINY, tmp_path)
 
 
 def test_the_plain_sum_must_take_part():

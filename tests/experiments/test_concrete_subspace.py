@@ -7,40 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import concrete_subspace, merge_bench_models
+from experiments import concrete_subspace
 from experiments.merge_bench_models import Bench
 from mtjax import training
-from mtjax.nn import ViT
 from mtjax.systems.concrete_subspace import ConcreteConfig, init_state
 
-SPLITS = ("train", "validation", "stream", "test")
 TASKS = ("b", "a", "c")
 
 
-def untrained(config, seed, out):
-    """A bench whose models are drawn."""
-    rng = np.random.default_rng(seed)
-    model = ViT(patch=14, width=4, depth=1, heads=1, hidden=4)
-    base = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))["params"]
-    change = lambda x: x + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    part = lambda: {
-        "images": rng.integers(256, size=(6, 28, 28)).astype(np.uint8),
-        "labels": rng.integers(3, size=6).astype(np.int32),
-    }
-    return Bench(
-        TASKS,
-        base,
-        {task: jax.tree.map(change, base) for task in TASKS},
-        {t: {"kernel": jnp.eye(4)[:, :3], "bias": jnp.ones(3)} for t in TASKS},
-        {task: {split: part() for split in SPLITS} for task in TASKS},
-        model,
-    )
-
-
 @pytest.mark.slow
-def test_all_numbers_and_the_figure(tmp_path, monkeypatch):
+def test_all_numbers_and_the_figure(drawn_bench, prepared, tmp_path):
     config = replace(concrete_subspace.QUICK, meta_steps=4, steps=2, batch_size=2)
-    monkeypatch.setattr(merge_bench_models, "prepare", untrained)
+    calls = prepared(lambda *_: drawn_bench(TASKS))
     results = concrete_subspace.main(config, tmp_path, tmp_path)
     rows = results[0]["rows"]
     methods = [
@@ -62,8 +40,8 @@ def test_all_numbers_and_the_figure(tmp_path, monkeypatch):
     assert (tmp_path / "concrete_subspace.png").stat().st_size > 5_000
 
     # A second start reads what is there; another configuration is refused.
-    monkeypatch.setattr(merge_bench_models, "prepare", None)
     assert concrete_subspace.main(config, tmp_path, tmp_path) == results
+    assert len(calls) == 1
     with pytest.raises(training.ConfigMismatchError, match="steps: 2 there, 3 here"):
         concrete_subspace.main(replace(config, steps=3), tmp_path, tmp_path)
 

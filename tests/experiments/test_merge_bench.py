@@ -22,30 +22,16 @@ TINY = replace(
 METHODS = ("average", "task_arithmetic")
 
 
-class Killed(Exception):
-    pass
-
-
 def numbers(rows):
     """All but times, which are not the same twice."""
     return [{k: x for k, x in row.items() if k != "seconds"} for row in rows]
 
 
-def test_goes_on_where_it_was_killed_with_the_same_numbers(
-    tmp_path, monkeypatch, capsys
-):
-    finetune, calls = merge_bench_models.finetune, []
-
-    def dying(*args):
-        calls.append(None)
-        if len(calls) == 2:
-            raise Killed
-        return finetune(*args)
-
+def test_goes_on_where_it_was_killed_with_the_same_numbers(tmp_path, dies, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = merge_bench.main(TINY, whole, METHODS)
-    monkeypatch.setattr(merge_bench_models, "finetune", dying)
-    with pytest.raises(Killed):
+    calls = dies(merge_bench_models, "finetune", 2)
+    with pytest.raises(KeyboardInterrupt):
         merge_bench.main(TINY, cut, METHODS)
     names = sorted(path.name for path in (cut / "seed_0").iterdir())
     assert names == ["base.safetensors", "digits_0.safetensors"]

@@ -1,26 +1,16 @@
 """The experiment, interrupted after two steps, goes on with the same numbers."""
 
-import importlib.util
 import itertools
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "rep_mtl.py"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    spec = importlib.util.spec_from_file_location("experiment_rep_mtl", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from experiments import rep_mtl as experiment
 
 
 @pytest.mark.slow
-def test_resumes_where_it_was_interrupted(experiment, tmp_path, monkeypatch):
+def test_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
     config = replace(
         experiment.QUICK,
         variants=("TSR+CSA",),

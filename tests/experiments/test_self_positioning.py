@@ -1,25 +1,15 @@
 """The experiment, interrupted between two seeds, goes on with the same numbers."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments import self_positioning as experiment
 from experiments.self_positioning_bench import Bench
 from experiments.self_positioning_data import Scored, Search, Sizes, load_data, measure
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "self_positioning.py"
 SIZES = Sizes(40, 120, 24, 30, 30, queries=2, corpus=4)
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    spec = importlib.util.spec_from_file_location("experiment_self_positioning", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_what_is_held_out_is_not_trained_on():
@@ -63,7 +53,7 @@ def test_measures_by_hand():
     assert found["accuracy@1"] == 0
 
 
-def test_hard_negatives_are_of_another_group_and_not_too_similar(experiment):
+def test_hard_negatives_are_of_another_group_and_not_too_similar():
     bench = Bench(replace(experiment.QUICK.bench, sizes=SIZES), 0)
     vectors = bench.vectors(bench.base, bench.data.used("train"))
     for name, task in bench.data.tasks.items():
@@ -78,7 +68,7 @@ def test_hard_negatives_are_of_another_group_and_not_too_similar(experiment):
         np.testing.assert_array_equal(batch.mask, expected)
 
 
-def test_the_layers_that_rest_have_run_before(experiment):
+def test_the_layers_that_rest_have_run_before():
     """What learns, on stored states, is the encoder as a whole."""
     from experiments.self_positioning_small import small_encoder
     from mtjax.nn.bert import sentence_vectors
@@ -93,20 +83,12 @@ def test_the_layers_that_rest_have_run_before(experiment):
 
 
 @pytest.mark.slow
-def test_resumes_where_it_was_interrupted(experiment, tmp_path, monkeypatch):
+def test_resumes_where_it_was_interrupted(tmp_path, dies):
     config = replace(experiment.QUICK, seeds=2)
     expected = experiment.main(config, tmp_path / "whole")
-    run = experiment.run
-
-    def interrupted(config, seed):
-        if seed == 1:
-            raise KeyboardInterrupt
-        return run(config, seed)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "run", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.main(config, tmp_path / "stopped")
+    dies(experiment, "run", 2)  # which is the second seed
+    with pytest.raises(KeyboardInterrupt):
+        experiment.main(config, tmp_path / "stopped")
     assert experiment.main(config, tmp_path / "stopped") == expected
 
     rows = expected[0]["rows"]

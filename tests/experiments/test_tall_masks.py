@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import merge_bench_models, tall_masks
+from experiments import tall_masks
 from experiments.merge_bench_models import Bench
-from mtjax import training
 from mtjax.nn import ViT
 
 TASKS = ("a", "b", "c")
@@ -47,10 +46,8 @@ class FakeBench(Bench):
 
 
 @pytest.mark.slow
-def test_all_numbers_and_the_figure(bench, tmp_path, monkeypatch):
-    seen = []
-    prepare = lambda *args: seen.append(args) or bench
-    monkeypatch.setattr(merge_bench_models, "prepare", prepare)
+def test_all_numbers_and_the_figure(bench, prepared, tmp_path):
+    seen = prepared(lambda *_: bench)
     results = tall_masks.main(tall_masks.QUICK, tmp_path, tmp_path / "models")
     assert [seed for _, seed, _ in seen] == [0]
     rows = results[0]["rows"]
@@ -75,9 +72,3 @@ def test_all_numbers_and_the_figure(bench, tmp_path, monkeypatch):
     assert again == results
     assert len(seen) == 1
     assert json.loads((tmp_path / "seed_0.json").read_text()) == results[0]
-
-
-def test_another_configuration_needs_another_folder(tmp_path):
-    (tmp_path / "config.json").write_text('{"seeds": 7}')
-    with pytest.raises(training.ConfigMismatchError, match="seeds: 7 there"):
-        tall_masks.main(tall_masks.QUICK, tmp_path, tmp_path)

@@ -33,10 +33,6 @@ METHODS = ("average", "task_arithmetic")
 SIZES = {"train": 40, "validation": 10, "test": 20}
 
 
-class Killed(Exception):
-    pass
-
-
 def numbers(rows):
     """All but times, which are not the same twice."""
     return {
@@ -46,21 +42,11 @@ def numbers(rows):
 
 
 @pytest.mark.slow
-def test_goes_on_where_it_was_killed_with_the_same_numbers(
-    tmp_path, monkeypatch, capsys
-):
-    finetune, calls = text_merge_bench_models.finetune, []
-
-    def dying(*args):
-        calls.append(None)
-        if len(calls) == 4:
-            raise Killed
-        return finetune(*args)
-
+def test_goes_on_where_it_was_killed_with_the_same_numbers(tmp_path, dies, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = text_merge_bench.main(TINY, whole, METHODS)
-    monkeypatch.setattr(text_merge_bench_models, "finetune", dying)
-    with pytest.raises(Killed):
+    calls = dies(text_merge_bench_models, "finetune", 4)
+    with pytest.raises(KeyboardInterrupt):
         text_merge_bench.main(TINY, cut, METHODS)
     lora = sorted(path.name for path in (cut / "seed_0" / "lora").iterdir())
     assert lora == ["drawn_0.safetensors"]

@@ -4,45 +4,29 @@ import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import merge_bench_models, twin_merging
-from experiments.merge_bench_models import Bench
 from experiments.twin_merging_measures import Twin, first
-from mtjax.nn import ViT
 from mtjax.systems.twin_merging import RouterConfig
 
 TASKS = ("b", "a", "c")
-SPLITS = ("train", "validation", "stream", "test")
 ROUTER = RouterConfig(epochs=15, batch_size=20, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """Models that were drawn, not trained; every task lights another corner."""
+def bench(drawn_bench):
+    """Every task lights another corner, and its model is nearly always right."""
     rng = np.random.default_rng(0)
-    model = ViT(patch=14, width=6, depth=1, heads=1, hidden=4)
-    init = jax.jit(model.init)
-    base = init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-    change = lambda x: x + 0.3 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    models = {task: jax.tree.map(change, base) for task in TASKS}
-    heads = {t: {"kernel": jnp.eye(6)[:, :3], "bias": jnp.zeros(3)} for t in TASKS}
-    data = {}
+    made = drawn_bench(TASKS, examples=40, width=6, change=0.3)
+    logits = jax.jit(made.logits, static_argnums=1)
     for i, task in enumerate(TASKS):
-        # The labels are what the task's own model says, nearly always.
-        parts = {}
-        for split in SPLITS:
+        for part in made.data[task].values():
             images = rng.integers(60 * i, 60 * i + 90, size=(40, 28, 28))
             images[:, :, :14] //= 2 + i
-            parts[split] = {"images": images.astype(np.uint8)}
-        data[task] = parts
-    made = Bench(TASKS, base, models, heads, data, model)
-    logits = jax.jit(made.logits, static_argnums=1)
-    for task in TASKS:
-        for part in data[task].values():
-            own = logits(models[task], task, part["images"]).argmax(-1)
+            part["images"] = images.astype(np.uint8)
+            own = logits(made.models[task], task, part["images"]).argmax(-1)
             part["labels"] = np.array(own, np.int32)
             part["labels"][0] = (part["labels"][0] + 1) % 3
     return made
@@ -54,10 +38,8 @@ def twin(bench):
 
 
 @pytest.mark.slow
-def test_all_numbers_and_the_figure(bench, tmp_path, monkeypatch):
-    seen = []
-    prepare = lambda *args: seen.append(args) or bench
-    monkeypatch.setattr(merge_bench_models, "prepare", prepare)
+def test_all_numbers_and_the_figure(bench, prepared, tmp_path, monkeypatch):
+    seen = prepared(lambda *_: bench)
 
     def finetune(config, base, head, data, key):
         assert config.steps == 7

@@ -11,10 +11,6 @@ from experiments import uni_perceiver_v2_optimizer as experiment
 from mtjax import training
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.fixture
 def pictures(monkeypatch):
     """Random images in place of the three sets, which tests cannot download."""
@@ -30,7 +26,7 @@ def pictures(monkeypatch):
 
 
 @pytest.mark.slow
-def test_goes_on_with_the_same_numbers(tmp_path, monkeypatch, pictures):
+def test_goes_on_with_the_same_numbers(tmp_path, dies_after_two_steps, pictures):
     config = replace(
         experiment.QUICK,
         methods=("unmixed MT-AdamW",),
@@ -40,22 +36,9 @@ def test_goes_on_with_the_same_numbers(tmp_path, monkeypatch, pictures):
         steps=4,
     )
     expected = experiment.main(config, tmp_path / "whole")
-    original = training.make_unmixed_step
-
-    def make_unmixed_step(*args, **kwargs):
-        step = original(*args, **kwargs)
-
-        def dying(state, batch):
-            if int(state.step) == 2:
-                raise Killed
-            return step(state, batch)
-
-        return dying
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "make_unmixed_step", make_unmixed_step)
-        with pytest.raises(Killed):
-            experiment.main(config, tmp_path / "cut")
+    dies_after_two_steps("make_unmixed_step")
+    with pytest.raises(KeyboardInterrupt):
+        experiment.main(config, tmp_path / "cut")
     assert not (tmp_path / "cut" / "table.md").exists()
     assert experiment.main(config, tmp_path / "cut") == expected
     ((run,),) = expected.values()

@@ -1,0 +1,62 @@
+"""How much a model weighs its fields, on average over a data set."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Float
+
+
+def field_weights(
+    model: Any, variables: Mapping[str, Any], batches: Iterable[Any]
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """Measures the weights that `mtjax.nn.SENet` and its likes give to fields.
+
+    Args:
+      model: of which `model.apply(variables, batch)` is computed; some of its modules
+        sow `"field_weights"` of the shape `(batch, ...)` in `"intermediates"`.
+      variables: `{"params": ...}` and what else the model has.
+      batches: of inputs; batches of one size compile once.
+
+    Returns:
+      Means over all examples, by path of the module.
+
+    Raises:
+      ValueError: if there is no batch, or nothing was sown.
+
+    Example:
+      >>> from mtjax.nn.senet import SENet
+      >>> model, fields = SENet("double_sigmoid"), jnp.zeros((8, 3, 2))
+      >>> variables = model.init(jax.random.key(0), fields)
+      >>> field_weights(model, variables, [fields[:4], fields[4:]])
+      {'': array([1., 1., 1.])}
+    """
+    variables = {k: v for k, v in variables.items() if k != "intermediates"}
+
+    @jax.jit
+    def sums(batch):
+        _, state = model.apply(variables, batch, mutable=["intermediates"])
+        sown = traverse_util.flatten_dict(dict(state.get("intermediates", {})))
+        # A module that is called twice sows twice: the last one stays.
+        found = {
+            path[:-1]: v[-1] for path, v in sown.items() if path[-1] == "field_weights"
+        }
+        totals = {"/".join(path): jnp.sum(w, axis=0) for path, w in found.items()}
+        return totals, max(map(len, found.values()), default=0)
+
+    totals: dict[str, Any] = {}
+    count = 0
+    for batch in batches:
+        found, size = sums(batch)
+        count += int(size)
+        for k, v in found.items():
+            totals[k] = totals.get(k, 0.0) + np.asarray(v, np.float64)
+    if not totals:
+        raise ValueError(
+            "`batches` must hold an example and `model` must weigh fields, got none; "
+            "`mtjax.nn.senet.SENet` sows what is read here."
+        )
+    return {path: v / count for path, v in totals.items()}

@@ -1,0 +1,92 @@
+"""A further task for a trained ranker, with everything else frozen."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from mtjax.nn.task_leaves import is_shared
+
+
+class Added(NamedTuple):
+    """A ranker with a further task.
+
+    Attributes:
+      params: of the old ranker, and new values for the new task.
+      trainable: like `params`, True where a value belongs to the new task.
+    """
+
+    params: PyTree
+    trainable: PyTree
+
+
+def add_task(old: PyTree, fresh: PyTree) -> Added:
+    """Puts what a ranker has learnt into one with a further task.
+
+    The new task must be the last of the larger ranker's `tasks`. Arrays with an axis of
+    tasks (`mtjax.nn.is_shared` says which) keep their rows and get new ones.
+
+    Args:
+      old: parameters of the trained ranker.
+      fresh: initial parameters of the larger one.
+
+    Returns:
+      Parameters, and which of them are to be trained: with `only` they alone are.
+
+    Raises:
+      ValueError: if an array of the old ranker has another shape in the larger one
+        without being of several tasks: there is no frozen rest. So it is with PLE of
+        several levels, whose shared gate has a weight for every task's expert.
+
+    Example:
+      >>> from mtjax.nn import MMoE
+      >>> init = lambda *tasks: MMoE(tasks).init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> added = add_task(init("click")["params"], init("click", "like")["params"])
+      >>> print(added.trainable["task_gates"]["kernel"].any((1, 2)))
+      [False  True]
+    """
+    old, fresh = (traverse_util.flatten_dict(tree, sep="/") for tree in (old, fresh))
+    if missing := sorted(set(old) - set(fresh)):
+        raise ValueError(f"`fresh` must have all arrays of `old`, it lacks {missing}.")
+    params, trainable = {}, {}
+    for path, new in fresh.items():
+        rows = 0
+        if path in old:
+            rows = len(new) if old[path].shape == new.shape else len(old[path])
+            if old[path].shape != new.shape and (
+                is_shared(path)
+                or old[path].shape[1:] != new.shape[1:]
+                or rows > len(new)
+            ):
+                raise ValueError(
+                    f"`fresh` must only have further rows of tasks, got {new.shape} in "
+                    f"place of {old[path].shape} for {path}: it cannot stay frozen."
+                )
+            new = jnp.concatenate([old[path], new[rows:]])
+        params[path] = new
+        row = jnp.arange(len(new)).reshape(-1, *[1] * (new.ndim - 1))
+        trainable[path] = jnp.broadcast_to(row >= rows, new.shape)
+    nested = lambda flat: traverse_util.unflatten_dict(flat, sep="/")
+    return Added(nested(params), nested(trainable))
+
+
+def only(trainable: PyTree) -> optax.GradientTransformation:
+    """Sets updates of all else to zero; goes behind the optimizer.
+
+    Args:
+      trainable: True where a value may change.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), only({"w": jnp.array([False, True])}))
+      >>> grads = {"w": jnp.array([2.0, 2.0])}
+      >>> print(tx.update(grads, tx.init(grads))[0]["w"])
+      [ 0. -2.]
+    """
+    keep = lambda mask, update: jnp.where(mask, update, jnp.zeros_like(update))
+    return optax.stateless(lambda updates, _: jax.tree.map(keep, trainable, updates))
