@@ -4,8 +4,9 @@ One small ViT, fine-tuned on several image sets, is merged by task arithmetic (T
 AdaMerging, with and without a mask that all tasks share, learnt on all or some of them.
 
 Command:  python experiments/concrete_subspace.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: more than 10 per seed.
-Expect:   not measured yet.
+Machine:  two CPU cores.    Minutes: 13 per seed, and 20 for the models.
+Expect:   one seed: TA 77.9 %, with a mask 78.3; AdaMerging layer-wise 77.9, with a mask
+          78.5; on tasks not learnt on, a mask costs 3 points.
 """
 
 from dataclasses import dataclass, field, replace
