@@ -38,12 +38,17 @@ def per_seed(
     open_run_folder(out, config)
     results = []
     for seed in range(config.seeds):
-        path = out / f"seed_{seed}.json"
-        if not path.exists():
-            bench = merge_bench.prepare(config.bench, seed, models)
-            write_atomically(path, json.dumps(run(bench, config, seed)))
-        results.append(json.loads(path.read_text()))
+        bench = lambda seed=seed: merge_bench.prepare(config.bench, seed, models)
+        measure = lambda seed=seed, bench=bench: run(bench(), config, seed)
+        results.append(kept(out / f"seed_{seed}.json", measure))
     return results
+
+
+def kept(path: Path, measure: Callable[[], Any]) -> Any:
+    """What a file holds; if there is none, what is measured, which is then written."""
+    if not path.exists():
+        write_atomically(path, json.dumps(measure()))
+    return json.loads(path.read_text())
 
 
 def table(results: Results, part: str) -> str:

@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 from rich.progress import Progress
 
 import mtjax
-from mtjax.data.ranking import RankingProblem
+from mtjax.data.ranking import RankingProblem, ranking_problem
 from mtjax.losses.binary import binary_losses
 from mtjax.nn.fields import FieldEmbeddings
 from mtjax.training.click_metrics import click_metrics
@@ -31,6 +31,32 @@ from mtjax.training.run_config import open_run_folder
 Logits = dict[str, jax.Array]
 Losses = dict[str, jax.Array]
 BLOCK = 8192  # examples that are predicted at once
+SOWN = "losses"  # the collection of what a model adds to its losses
+
+
+def made_up(tasks: Sequence[str] = ("click", "buy"), rows: int = 400) -> RankingProblem:
+    """A small problem of numbers drawn at random, for trying a script without data."""
+    rng = np.random.default_rng(0)
+    table: dict[str, np.ndarray] = {
+        "shop": rng.integers(9, size=rows),
+        "brand": rng.integers(5, size=rows),
+        "price": rng.normal(size=rows),
+        "age": rng.normal(size=rows),
+    }
+    for place, task in enumerate(tasks):
+        score = table["price"] - (-1) ** place * table["age"] + (table["shop"] == 1)
+        table[task] = (score > rng.logistic(size=rows)).astype(np.float32)
+    cuts = {"train": 0.6, "validation": 0.8, "test": 1.0}.items()
+    ends = {split: int(share * rows) for split, share in cuts}
+    starts = dict(zip(ends, (0, *ends.values())))
+    return ranking_problem(
+        "made-up",
+        table,
+        {split: np.arange(starts[split], end) for split, end in ends.items()},
+        tasks=tasks,
+        fields=("shop", "brand"),
+        numbers=("price", "age"),
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +118,7 @@ def fit(
     seed: int,
     balancer: optax.GradientTransformationExtraArgs | None = None,
     losses_fn: Callable[[Logits, Mapping[str, jax.Array]], Losses] = binary_losses,
+    penalty: float = 0.0,
     on_epoch: Callable[[int, float], None] = lambda epoch, auc: None,
 ) -> Trained:
     """Trains a ranker and keeps its best epoch.
@@ -104,6 +131,7 @@ def fit(
         the same for all models, so that seeds are paired.
       balancer: puts the tasks' gradients together; None adds them up.
       losses_fn: from logits and labels to losses by task.
+      penalty: weight of what the model sows as "losses"; tasks share it evenly.
       on_epoch: called with the number of the epoch and the mean validation AUC.
 
     Returns:
@@ -126,7 +154,8 @@ def fit(
 
     @jax.jit
     def start():
-        return model.init(key, jax.tree.map(lambda x: x[:2], data))
+        found = model.init(key, jax.tree.map(lambda x: x[:2], data))
+        return {k: v for k, v in found.items() if k != SOWN}
 
     @jax.jit
     def epoch(variables, opt_state, data, rows, key):
@@ -136,11 +165,16 @@ def fit(
                 batch,
                 train=True,
                 rngs={"dropout": key},
-                mutable=list(state),
+                mutable=[*state, SOWN],
             )
-            return losses_fn(logits, batch["labels"]), state
+            sown = sum(jax.tree.leaves(state.get(SOWN, {})))
+            state = {k: v for k, v in state.items() if k != SOWN}
+            losses = losses_fn(logits, batch["labels"])
+            return {
+                t: x + penalty * sown / len(losses) for t, x in losses.items()
+            }, state
 
-        grad_fn = mtjax.value_and_task_grads(losses_of, has_aux=True)
+        grad_fn: Any = mtjax.value_and_task_grads(losses_of, has_aux=True)
 
         def step(carry, xs):
             (params, state), opt_state = carry
@@ -201,10 +235,12 @@ def evaluate(
 ) -> dict[str, float]:
     """AUC and log loss of every task, in a flat dict; "mean AUC" is over tasks.
 
-    A task that has one class only in the split is left out of the mean.
+    Tasks are those of the model. One that has one class only in the split is left out
+    of the mean.
     """
     part = problem.split(split)
-    found = click_metrics(part["labels"], predict(model, variables, part))
+    predicted = predict(model, variables, part)
+    found = click_metrics({t: part["labels"][t] for t in predicted}, predicted)
     aucs = {f"{task} AUC": m["roc_auc"] for task, m in found.items()}
     losses = {f"{task} log loss": m["log_loss"] for task, m in found.items()}
     return {**aucs, "mean AUC": float(np.nanmean([*aucs.values()])), **losses}
@@ -221,6 +257,7 @@ def per_method(
     out: Path,
     methods: Mapping[str, Callable[[int], dict[str, Any]]],
     seeds: int,
+    prefix: str = "",
 ) -> dict[str, list[dict[str, Any]]]:
     """Runs every method with every seed that is not finished.
 
@@ -229,6 +266,7 @@ def per_method(
       out: run folder; holds one file per method and seed.
       methods: from a seed to results in JSON types, by name.
       seeds: their number.
+      prefix: of the files' names, where a script calls this more than once.
 
     Returns:
       The results, by method one per seed.
@@ -238,8 +276,9 @@ def per_method(
     with Progress() as progress:
         bar = progress.add_task("", total=seeds * len(methods))
         for seed, name in _pairs(seeds, methods):
-            progress.update(bar, description=f"{name}, seed {seed}")
-            path = out / "results" / f"{name.replace('/', '-')}_{seed}.json"
+            title = f"{prefix} {name}, seed {seed}".strip()
+            progress.update(bar, description=title)
+            path = out / "results" / f"{title.replace('/', '-')}.json"
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 write_atomically(path, json.dumps(methods[name](seed)))

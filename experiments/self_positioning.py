@@ -217,9 +217,8 @@ def main(config: Config, out: Path) -> list[dict[str, Any]]:
     open_run_folder(out, config)
     results = []
     for seed in range(config.seeds):
-        first = partial(run, config, seed)
+        results.append(kept(out / f"seed_{seed}.json", partial(run, config, seed)))
         later = partial(more, config.bench, config.shares, seed)
-        results.append(kept(out / f"seed_{seed}.json", first))
         results[-1]["rows"] |= kept(out / f"more_{seed}.json", later)
     parts = {
         "Test scores, %": "rows",

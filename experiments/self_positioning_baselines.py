@@ -63,7 +63,7 @@ def shared_out(passes: dict[str, int], share: float, length: Length) -> dict[str
 
 
 def more(config: Config, shares: Sequence[float], seed: int) -> dict[str, Any]:
-    """Rows that were added later: RegMean, and mixtures that repeat the smaller task."""
+    """Rows that were added later: RegMean, mixtures that repeat the smaller task."""
     bench = Bench(config, seed)
     single, _ = single_models(bench)
     grams = {task: input_grams(bench, single[task], task) for task in TASKS}

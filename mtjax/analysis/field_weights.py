@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Float
 
 
@@ -39,12 +38,13 @@ def field_weights(
     @jax.jit
     def sums(batch):
         _, state = model.apply(variables, batch, mutable=["intermediates"])
-        sown = traverse_util.flatten_dict(dict(state.get("intermediates", {})))
-        # A module that is called twice sows twice: the last one stays.
-        found = {
-            path[:-1]: v[-1] for path, v in sown.items() if path[-1] == "field_weights"
-        }
-        totals = {"/".join(path): jnp.sum(w, axis=0) for path, w in found.items()}
+        found = {}
+        for path, weights in jax.tree_util.tree_leaves_with_path(state):
+            names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+            if "field_weights" in names:
+                # A module that is called twice sows twice: the last one stays.
+                found["/".join(names[1 : names.index("field_weights")])] = weights
+        totals = {path: jnp.sum(w, axis=0) for path, w in found.items()}
         return totals, max(map(len, found.values()), default=0)
 
     totals: dict[str, Any] = {}

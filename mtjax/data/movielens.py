@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Shaped
@@ -102,7 +102,7 @@ def movielens_ranking(
 
 
 def movielens_sequences(
-    form: Literal["sessions", "users"] = "sessions",
+    form: str = "sessions",
     *,
     data_dir: str | Path | None = None,
     length: int = 20,
@@ -126,7 +126,7 @@ def movielens_sequences(
     earlier ratings only, so all ratings of one second have the same.
 
     Args:
-      form: what a sequence is.
+      form: what a sequence is: ``"sessions"`` or ``"users"``.
       data_dir: folder of the prepared data; :func:`mtjax.data.default_data_dir` if
         None.
       length: longest history.

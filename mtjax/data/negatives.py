@@ -1,7 +1,5 @@
 """Negative items for training losses; evaluation ranks all items instead."""
 
-from typing import Literal
-
 import numpy as np
 from jaxtyping import Float, Int, Int32
 
@@ -11,7 +9,7 @@ def sample_negatives(
     train_counts: Int[np.ndarray, " items"],
     number: int,
     *,
-    strategy: Literal["uniform", "popularity"] = "uniform",
+    strategy: str = "uniform",
     power: float = 0.75,
     seed: int,
 ) -> Int32[np.ndarray, "n number"]:
@@ -22,7 +20,8 @@ def sample_negatives(
       train_counts: how often each item is a target in training, as in
         :attr:`mtjax.data.Catalogue.train_counts`; only items that are can be drawn.
       number: negatives per row, at least 1.
-      strategy: all alike, or with the probabilities of :func:`negative_probabilities`.
+      strategy: ``"uniform"`` or ``"popularity"``, see
+        :func:`negative_probabilities`.
       power: exponent of the counts for ``"popularity"``.
       seed: decides the draws.
 
@@ -55,7 +54,7 @@ def sample_negatives(
 def negative_probabilities(
     train_counts: Int[np.ndarray, " items"],
     *,
-    strategy: Literal["uniform", "popularity"] = "uniform",
+    strategy: str = "uniform",
     power: float = 0.75,
 ) -> Float[np.ndarray, " items"]:
     r"""Returns how likely each item is drawn: what a logQ correction needs.

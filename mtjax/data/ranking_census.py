@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
@@ -11,8 +11,6 @@ from mtjax.data.builders.prepare import SPECS
 from mtjax.data.problems import official_parts
 from mtjax.data.ranking import RankingProblem, ranking_problem
 from mtjax.data.sources import as_arrays
-
-Group = Literal["income", "education", "home", "chain"]
 
 _WEEKS = "weeks worked in year"
 _FULL_YEAR = 50
@@ -34,9 +32,9 @@ _DEGREES = ("Associates", "Bachelors", "Masters", "Prof", "Doctorate")
 
 
 def census_ranking(
-    group: Group = "income",
+    group: str = "income",
     *,
-    version: Literal["original", "nominal"] = "original",
+    version: str = "original",
     data_dir: str | Path | None = None,
     seed: int = 0,
 ) -> RankingProblem:
@@ -59,7 +57,7 @@ def census_ranking(
     they tell much about marriage.
 
     Args:
-      group: which tasks.
+      group: which tasks: ``"income"``, ``"education"``, ``"home"`` or ``"chain"``.
       version: ``"original"`` with all 40 features, or ``"nominal"`` with 299,285
         persons and the categories only, which has the first two groups.
       data_dir: folder of the prepared data; :func:`mtjax.data.default_data_dir` if

@@ -62,8 +62,8 @@ def load_table_encoder(path: str | Path) -> TableEncoder:
         kind = None
     if kind != _FORMAT:
         raise ValueError(
-            f"`path` must be a file from `save_table_encoder`, got {str(path)!r}, which "
-            "is none. Save the encoder again."
+            f"`path` must be a file from `save_table_encoder`, got {str(path)!r}, "
+            "which is none. Save the encoder again."
         )
     return TableEncoder(
         fields=tuple(content["fields"]),

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
 Logits = Float[Array, " batch"]
-Labels = Num[Array, " batch"]
+Labels = Num[Array | np.ndarray, " batch"]
 
 
 class LogProbabilities(NamedTuple):
@@ -38,7 +39,9 @@ class EntireSpaceLosses(NamedTuple):
     both: Float[Array, ""]
 
 
-def product_of_chances(click_logits: Logits, conversion_logits: Logits):
+def product_of_chances(
+    click_logits: Logits, conversion_logits: Logits
+) -> LogProbabilities:
     r"""The chance of click and conversion, in logarithms.
 
     .. math:: \log p = \log\sigma(a) + \log\sigma(b), \quad
@@ -58,11 +61,14 @@ def product_of_chances(click_logits: Logits, conversion_logits: Logits):
     """
     log_click = jax.nn.log_sigmoid(click_logits)
     yes = log_click + jax.nn.log_sigmoid(conversion_logits)
-    no = jnp.logaddexp(
+    likely = jnp.logaddexp(
         jax.nn.log_sigmoid(-click_logits),
         log_click + jax.nn.log_sigmoid(-conversion_logits),
     )
-    return LogProbabilities(yes, no)
+    # Near p = 0 the sum above rounds to 1, near p = 1 the difference below to 0.
+    is_rare = yes < -1.0
+    rare = jnp.log1p(-jnp.exp(jnp.where(is_rare, yes, -1.0)))
+    return LogProbabilities(yes, jnp.where(is_rare, rare, likely))
 
 
 def entire_space_losses(

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int, Shaped
 _LEAST = 1e-8
 
 
-def log_frequencies(counts: Shaped[Array | np.ndarray, " items"]) -> Float[Array, "_"]:
+def log_frequencies(
+    counts: Shaped[Array | np.ndarray, " items"],
+) -> Float[Array, " items"]:
     r"""The logQ of items that are drawn as often as a log has them.
 
     .. math:: \log q_j = \log clip(c_j / \textstyle\sum_i c_i, 10^{-8}, 1)
@@ -74,8 +76,8 @@ def sampled_softmax_loss(
         not positive.
 
     Example:
-      >>> one = jnp.ones((1, 1))
-      >>> loss = sampled_softmax_loss(one, one, jnp.ones((2, 1)), jnp.log(jnp.ones(2)/2))
+      >>> one, log_q = jnp.ones((1, 1)), jnp.log(jnp.array([0.5, 0.5]))
+      >>> loss = sampled_softmax_loss(one, one, jnp.ones((2, 1)), log_q)
       >>> print(f"{loss:.4f}")
       1.0986
 

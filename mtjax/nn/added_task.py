@@ -1,11 +1,10 @@
 """A further task for a trained ranker, with everything else frozen."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jaxtyping import PyTree
 
 from mtjax.nn.task_leaves import is_shared
@@ -48,29 +47,34 @@ def add_task(old: PyTree, fresh: PyTree) -> Added:
       >>> print(added.trainable["task_gates"]["kernel"].any((1, 2)))
       [False  True]
     """
-    old, fresh = (traverse_util.flatten_dict(tree, sep="/") for tree in (old, fresh))
-    if missing := sorted(set(old) - set(fresh)):
+    learnt = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(old)}
+    there = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(fresh)}
+    if missing := sorted(set(learnt) - there):
         raise ValueError(f"`fresh` must have all arrays of `old`, it lacks {missing}.")
-    params, trainable = {}, {}
-    for path, new in fresh.items():
-        rows = 0
-        if path in old:
-            rows = len(new) if old[path].shape == new.shape else len(old[path])
-            if old[path].shape != new.shape and (
-                is_shared(path)
-                or old[path].shape[1:] != new.shape[1:]
-                or rows > len(new)
-            ):
-                raise ValueError(
-                    f"`fresh` must only have further rows of tasks, got {new.shape} in "
-                    f"place of {old[path].shape} for {path}: it cannot stay frozen."
-                )
-            new = jnp.concatenate([old[path], new[rows:]])
-        params[path] = new
+
+    def joined(path, new):
+        path = _name(path)
+        if path not in learnt:
+            return new, jnp.ones(new.shape, bool)
+        kept = learnt[path]
+        if kept.shape == new.shape:
+            return kept, jnp.zeros(new.shape, bool)
+        if is_shared(path) or kept.shape[1:] != new.shape[1:] or len(kept) > len(new):
+            raise ValueError(
+                f"`fresh` must only have further rows of tasks, got {new.shape} in "
+                f"place of {kept.shape} for {path}: it cannot stay frozen."
+            )
         row = jnp.arange(len(new)).reshape(-1, *[1] * (new.ndim - 1))
-        trainable[path] = jnp.broadcast_to(row >= rows, new.shape)
-    nested = lambda flat: traverse_util.unflatten_dict(flat, sep="/")
-    return Added(nested(params), nested(trainable))
+        own = jnp.broadcast_to(row >= len(kept), new.shape)
+        return jnp.concatenate([kept, new[len(kept) :]]), own
+
+    both = jax.tree_util.tree_map_with_path(joined, fresh)
+    part = lambda i: jax.tree.map(lambda _, pair: pair[i], fresh, both)
+    return Added(part(0), part(1))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def only(trainable: PyTree) -> optax.GradientTransformation:

@@ -56,7 +56,7 @@ def hash_ids(
 
     Example:
       >>> print(hash_ids(jnp.array([7, 8, -1]), 100))
-      [90 45 53]
+      [60 87 13]
 
     References:
       MurmurHash3, Austin Appleby, 2011, `fmix32`.
@@ -99,7 +99,7 @@ class FieldEmbeddings(nn.Module):
       number_width: 0 passes numbers through; otherwise each is multiplied by a learned
         vector of that width, and so becomes a field.
       zero_missing: whether id 0 has the zero vector, and not a learned one.
-      init: of the tables and of the vectors of numbers.
+      embedding_init: of the tables and of the vectors of numbers.
       take: looks rows up; `mtjax.nn.take_sharded` for a table on several devices.
       row_multiple: tables get unused rows until this divides their number.
 
@@ -128,7 +128,7 @@ class FieldEmbeddings(nn.Module):
     numbers: int = 0
     number_width: int = 0
     zero_missing: bool = False
-    init: Initializer = nn.initializers.normal(0.05)
+    embedding_init: Initializer = nn.initializers.normal(0.05)
     take: Take = take_rows_of
     row_multiple: int = 1
 
@@ -145,15 +145,14 @@ class FieldEmbeddings(nn.Module):
         # Set at once: Linen freezes dictionaries that are attributes.
         self._starts = starts | {n: starts[owner] for n, owner in self.shared.items()}
         self.tables = {
-            table: self.param(
-                table, self.init, (-(-n // self.row_multiple) * self.row_multiple, k)
-            )
-            for table, n in rows.items()
-            for k in [int(table.removeprefix("table_"))]
+            table: self.param(table, self.embedding_init, self._shape_of(table, number))
+            for table, number in rows.items()
         }
         if self.numbers and self.number_width:
             shape = (self.numbers, self.number_width)
-            self.number_vectors = self.param("number_vectors", self.init, shape)
+            self.number_vectors = self.param(
+                "number_vectors", self.embedding_init, shape
+            )
 
     def __call__(
         self,
@@ -331,6 +330,10 @@ class FieldEmbeddings(nn.Module):
             )
         return jnp.zeros((0, 0)) if numeric is None else jnp.asarray(numeric)
 
+    def _shape_of(self, table: str, rows: int) -> tuple[int, int]:
+        blocks = -(-rows // self.row_multiple)
+        return blocks * self.row_multiple, int(table.removeprefix("table_"))
+
     def _width_of(self, name: str) -> int:
         if self.width is None:
             return embedding_width(self.vocabulary_sizes[name])
@@ -363,11 +366,9 @@ class FieldEmbeddings(nn.Module):
                     f"`vocabulary_sizes` must be at least {least} for {name!r}, got "
                     f"{size!r}: ids 0 and 1 have rows as well."
                 )
-        if not isinstance(self.width, int | None):
-            if lacking := sorted(set(sizes) - set(self.width)):
-                raise ValueError(
-                    f"`width` must be given for all fields, not {lacking}."
-                )
+        given = sizes if isinstance(self.width, int | None) else self.width
+        if lacking := sorted(set(sizes) - set(given)):
+            raise ValueError(f"`width` must be given for all fields, not {lacking}.")
         if min(self._width_of(name) for name in sizes) < 1:
             raise ValueError(f"`width` must be at least 1, got {self.width!r}.")
         if self.row_multiple < 1 or min(self.numbers, self.number_width) < 0:
@@ -403,11 +404,12 @@ class TaskFieldEmbeddings(nn.Module):
     Example:
       >>> import functools, jax
       >>> make = functools.partial(FieldEmbeddings, {"shop": 30, "brand": 6}, width=4)
-      >>> embeddings, ids = TaskFieldEmbeddings(("click", "like"), make), jnp.ones((3, 2))
-      >>> variables = embeddings.init(jax.random.key(0), ids.astype(int))
+      >>> embeddings = TaskFieldEmbeddings(("click", "like"), make)
+      >>> ids = jnp.ones((3, 2), int)
+      >>> variables = embeddings.init(jax.random.key(0), ids)
       >>> sorted(variables["params"])
       ['shared', 'task_click', 'task_like']
-      >>> x = embeddings.apply(variables, ids.astype(int))
+      >>> x = embeddings.apply(variables, ids)
       >>> {name: vectors.shape for name, vectors in x.items()}
       {'click': (3, 8), 'like': (3, 8), 'shared': (3, 8)}
 

@@ -5,15 +5,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 
-def dense_grams(run: Callable[[], Any]) -> dict[str, Float[Array, "inputs inputs"]]:
+def dense_grams(
+    run: Callable[[], Any],
+    mask: Bool[Array | np.ndarray, "*positions"] | None = None,
+) -> dict[str, Float[Array, "inputs inputs"]]:
     r"""What the dense layers of a Linen model see: $X^\top X$ for every kernel.
 
     Args:
       run: applies the model, such as `lambda: model.apply({"params": params}, images)`.
         May be traced: wrap `dense_grams` itself in `jax.jit`.
+      mask: which positions count, of the shape that inputs have before their last axis:
+        not the padding of texts. All by default.
 
     Returns:
       By the path of the kernel in `params` ("block_0/query/kernel") the sum over all
@@ -34,7 +40,8 @@ def dense_grams(run: Callable[[], Any]) -> dict[str, Float[Array, "inputs inputs
         if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
             inputs = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)
             path = "/".join((*context.module.path, "kernel"))
-            gram = jnp.matmul(inputs.T, inputs, precision="highest")
+            counted = inputs if mask is None else inputs * jnp.reshape(mask, (-1, 1))
+            gram = jnp.matmul(inputs.T, counted, precision="highest")
             grams[path] = grams[path] + gram if path in grams else gram
         return next_fun(*args, **kwargs)
 

@@ -1,12 +1,8 @@
 """Weights of whole fields, from all fields: squeeze and excitation."""
 
-from typing import Literal, get_args
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-FieldGate = Literal["relu", "sigmoid", "double_sigmoid"]
 
 _GATES = {
     "relu": nn.relu,
@@ -46,7 +42,7 @@ class SENet(nn.Module):
       Click-Through Rate Prediction, RecSys 2019, section 3.3.
     """
 
-    gate: FieldGate = "relu"
+    gate: str = "relu"
     reduction: int = 3
 
     @nn.compact
@@ -54,9 +50,9 @@ class SENet(nn.Module):
         self, fields: Float[Array, "batch fields width"]
     ) -> Float[Array, "batch fields width"]:
         """The weighted fields."""
-        if self.gate not in get_args(FieldGate):
+        if self.gate not in _GATES:
             raise ValueError(
-                f"`gate` must be one of {get_args(FieldGate)}, got {self.gate!r}."
+                f"`gate` must be one of {tuple(_GATES)}, got {self.gate!r}."
             )
         if self.reduction < 1:
             raise ValueError(f"`reduction` must be at least 1, got {self.reduction!r}.")

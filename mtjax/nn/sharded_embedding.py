@@ -20,7 +20,8 @@ def row_sharding(mesh: Mesh, axis: str = "data") -> NamedSharding:
       ValueError: if the mesh has no such axis.
 
     Example:
-      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> from mtjax.training import data_mesh
+      >>> mesh = data_mesh(jax.devices()[:1])
       >>> row_sharding(mesh).spec
       P('data', None)
     """
@@ -61,7 +62,8 @@ def take_sharded(
       ValueError: if the mesh lacks an axis, or rows cannot be split evenly.
 
     Example:
-      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> from mtjax.training import data_mesh
+      >>> mesh = data_mesh(jax.devices()[:1])
       >>> table = jax.device_put(jnp.array([[1.0], [2.0]]), row_sharding(mesh))
       >>> print(take_sharded(table, jnp.array([1, 0, 5]), mesh=mesh)[:, 0])
       [2. 1. 0.]

@@ -3,7 +3,6 @@
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from mtjax.nn.experts import Experts
 from mtjax.nn.towers import Towers, check_tasks
 
 
@@ -44,7 +43,11 @@ class SharedBottomRanker(nn.Module):
     ) -> dict[str, Float[Array, " batch"]]:
         """The logits of every task."""
         check_tasks(self.tasks)
-        bottom = Experts(1, self.widths, dropout=self.dropout, name="bottom")
+        if not self.widths:
+            raise ValueError("`widths` must name at least one layer, got ().")
+        for i, width in enumerate(self.widths):
+            x = nn.relu(nn.Dense(width, name=f"bottom_{i}")(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return Towers(self.tasks, self.tower, self.dropout, name="task_towers")(
-            bottom(x, train=train)[:, 0], train=train
+            x, train=train
         )

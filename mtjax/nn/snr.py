@@ -1,5 +1,6 @@
 """Sub-network routing: which sub-networks feed which is learned, and kept sparse."""
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -106,16 +107,19 @@ class SNR(nn.Module):
             raise ValueError(
                 f'`mode` must be "transform" or "average", got {self.mode!r}.'
             )
-        options, h = {"mode": self.mode, "temperature": self.temperature}, x
+        routing_to = functools.partial(
+            Routing, mode=self.mode, temperature=self.temperature
+        )
+        h = x
         for i, widths in enumerate(self.widths):
             if i:
-                routing = Routing(self.num_experts, **options, name=f"routing_{i}")
+                routing = routing_to(self.num_experts, name=f"routing_{i}")
                 h = routing(h, train=train)
             experts = Experts(
                 self.num_experts, widths, dropout=self.dropout, name=f"experts_{i}"
             )
             h = experts(h, train=train)
-        routing = Routing(len(self.tasks), **options, name="task_routing")
+        routing = routing_to(len(self.tasks), name="task_routing")
         h = routing(h, train=train)
         return Towers(self.tasks, self.tower, self.dropout, name="task_towers")(
             h, train=train

@@ -45,6 +45,7 @@ class EachTask(nn.Module):
     Shared experts are so evaluated on every task's input, weighed by its own gate.
     """
 
+    tasks: tuple[str, ...]
     ranker: nn.Module
 
     @nn.compact
@@ -55,7 +56,7 @@ class EachTask(nn.Module):
         runs = [self.ranker(x, train=train) for x in bottom.tasks.swapaxes(0, 1)]
         if len(runs) == 1:
             return runs[0]
-        return {task: run[task] for task, run in zip(self.ranker.tasks, runs)}
+        return {task: run[task] for task, run in zip(self.tasks, runs)}
 
 
 class Extraction(nn.Module):
@@ -82,8 +83,15 @@ class Extraction(nn.Module):
         h = jnp.concatenate([h, bottom.shared[:, None]], axis=1)
         for i, widths in enumerate(self.widths):
             above = len(self.widths) - 1 - i
-            sizes = {"own": self.own, "shared": self.shared, "widths": widths}
-            sizes |= {"levels_above": above, "dropout": self.dropout}
-            h = CGC(num_tasks, **sizes, name=f"level_{i}")(h, train=train)
+            level = CGC(
+                num_tasks,
+                self.own,
+                self.shared,
+                widths,
+                levels_above=above,
+                dropout=self.dropout,
+                name=f"level_{i}",
+            )
+            h = level(h, train=train)
         towers = Towers(self.tasks, self.tower, self.dropout, name="task_towers")
         return towers(h, train=train)

@@ -1,4 +1,4 @@
-r"""DTRN: a bottom representation of its own for every task of a recommender.
+r"""DTRN: a bottom representation of its own for every task.
 
 Deep Task-specific Bottom Representation Network for Multi-Task Recommendation, 2023.
 Tasks disagree about what to read from a user's history. One transformer reads all
@@ -8,15 +8,15 @@ behaviour; then every task weighs fields and interests for itself, before any ra
 New here: `TaskInterests` (TIM), `TaskRefinement` (TRM) and `DTRN`, which puts both
 before the towers or a ranker of `mtjax.nn.task_inputs`.
 
-Uses: `mtjax.nn` (`Hypernetwork`, masked attention and pooling, any ranker, `add_task`),
-`mtjax.losses.binary_losses`; any balancer.
+Uses: `mtjax.nn` (`Hypernetwork`, masked attention and pooling, any ranker, `add_task`);
+`binary_losses`, of `labels_within` for conversions on clicks alone; any balancer.
 
 Needs: embedded fields, candidate and behaviour sequences, with masks; binary labels.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mtjax.losses.binary import binary_losses
-from mtjax.losses.sample_space import labels_within
 from mtjax.nn.bert import MaskedSelfAttention
 from mtjax.nn.experts import kernel_init
 from mtjax.nn.gates import masked_softmax
@@ -38,6 +36,9 @@ Logits = dict[str, Float[Array, " batch"]]
 Histories = Float[Array, "batch kinds length width"]
 Mask = Bool[Array | np.ndarray, "batch kinds length"]
 States = Float[Array, "users tasks kinds length width"]
+Conditioning = Literal["hypernetwork", "shared", "separate", "none"]
+Pooling = Literal["target", "mean"]
+Squeeze = Literal["concat", "mean"]
 Norms = Mapping[str, Float[Array, "_ _ width"]]
 
 
@@ -65,7 +66,7 @@ class DTRNConfig:
       squeeze: what TRM reads of a field: all of it (`"concat"`), or its `"mean"`.
     """
 
-    conditioning: Literal["hypernetwork", "shared", "separate", "none"] = "hypernetwork"
+    conditioning: Conditioning = "hypernetwork"
     refinement: bool = True
     width: int = 32
     length: int = 20
@@ -73,31 +74,28 @@ class DTRNConfig:
     heads: int = 2
     hidden: int = 128
     positions: bool = True
-    pooling: Literal["target", "mean"] = "target"
+    pooling: Pooling = "target"
     task_width: int = 16
     kind_width: int = 16
     hyper_hidden: tuple[int, ...] = (32, 32)
     reduction: int = 3
-    squeeze: Literal["concat", "mean"] = "concat"
+    squeeze: Squeeze = "concat"
 
     def __post_init__(self):
         """Checks the ranges."""
         for name in ("width", "length", "layers", "heads", "hidden", "reduction"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)!r}; "
-                    "`conditioning='none'` leaves the transformer out."
-                )
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
         if self.width % self.heads:
             raise ValueError(
                 f"`heads` must divide `width`, got {self.heads} and {self.width}."
             )
-        choices = {"conditioning": ("hypernetwork", "shared", "separate", "none")}
-        choices |= {"pooling": ("target", "mean"), "squeeze": ("concat", "mean")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+        choices = {"conditioning": Conditioning, "pooling": Pooling, "squeeze": Squeeze}
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
                 raise ValueError(
-                    f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}."
+                    f"`{name}` must be one of {get_args(kind)}, got "
+                    f"{getattr(self, name)!r}."
                 )
 
 
@@ -185,7 +183,7 @@ class ConditionalTransformer(nn.Module):
         return jnp.einsum("btrl,btrld->btrd", weights, states)
 
 
-def _conditional_norm(x: States, norms: Norms, name: str) -> States:
+def _conditional_norm(x: Array, norms: Norms, name: str) -> Array:
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
     per_pair = lambda v: v[None, :, :, None]
@@ -251,10 +249,7 @@ class TaskInterests(nn.Module):
         if c.conditioning == "separate":
             states = self.task_encoders.encode(self._pairs(x), self._pairs(mask))
             return self._by_task(states)
-        if c.conditioning == "shared":
-            return self.encoder.encode(x, mask)
-        norms = self.norms()
-        self.sow("intermediates", "norms", norms)
+        norms = self.norms() if c.conditioning == "hypernetwork" else None
         return self.encoder.encode(x, mask, norms)
 
     def pool(
@@ -264,12 +259,14 @@ class TaskInterests(nn.Module):
         mask = jnp.asarray(mask)
         if self.config.conditioning == "none":
             return mean_pool(states, mask[:, None])
-        if self.config.conditioning == "separate":
-            flat = jnp.moveaxis(states, 0, 2)
-            flat = flat.reshape(-1, *flat.shape[2:])[:, :, None, None]
-            pooled = self.task_encoders.pool(flat, self._pairs(mask), candidate)
-            return self._by_task(pooled)
-        return self.encoder.pool(states, mask, candidate)
+        if self.config.conditioning != "separate":
+            return self.encoder.pool(states, mask, candidate)
+        flat = jnp.moveaxis(states, 0, 2)
+        flat = flat.reshape(-1, *flat.shape[2:])[:, :, None, None]
+        candidates = jnp.broadcast_to(candidate, (len(flat), *candidate.shape))
+        return self._by_task(
+            self.task_encoders.pool(flat, self._pairs(mask), candidates)
+        )
 
     def _pairs(self, x: Array) -> Array:
         """The sequences of every pair of task and kind, each of a single kind."""
@@ -292,7 +289,7 @@ class TaskRefinement(nn.Module):
 
     num_tasks: int
     reduction: int = 3
-    squeeze: Literal["concat", "mean"] = "concat"
+    squeeze: Squeeze = "concat"
 
     @nn.compact
     def __call__(
@@ -359,12 +356,9 @@ class DTRN(nn.Module):
         return self.interests.encode(histories, mask)
 
     def rank(self, states: States, inputs: Inputs, *, train: bool = False) -> Logits:
-        """The logits of candidates, from states of `encode`.
+        """The logits of candidates, from states of `encode`, of one user or one each.
 
-        Args:
-          states: of every example, or of one user for all of them.
-          inputs: fields and candidates; of histories the mask alone is read.
-          train: whether to drop.
+        Of the histories in `inputs` the mask alone is read.
         """
         return self.head(self.bottom(states, inputs), train=train)
 
@@ -377,35 +371,11 @@ class DTRN(nn.Module):
         plain = lambda x: jnp.concatenate(
             [fields.reshape(batch, -1), x.reshape(batch, -1)], axis=-1
         )
-        shared = plain(jnp.mean(interests[:, : self.averaged], axis=1))
         if self.config.refinement:
-            return Bottom(self.task_refinement(fields, interests), shared)
-        each = [plain(x) for x in interests.swapaxes(0, 1)]
-        return Bottom(jnp.stack(each, axis=1), shared)
-
-
-def dtrn_losses(
-    logits: Logits,
-    labels: Mapping[str, Float[Array, " batch"]],
-    *,
-    weights: Mapping[str, float] | None = None,
-    within: Mapping[str, str] | None = None,
-) -> dict[str, Float[Array, ""]]:
-    r"""The weighted cross-entropies :math:`w_j BCE_j`, each in its own sample space.
-
-    Args:
-      logits: by task.
-      labels: by task; NaN where there is none.
-      weights: :math:`w_j`, by task; 1 where there is none.
-      within: tasks that count only where another one is positive, such as `{"buy":
-        "click"}`: see `mtjax.losses.sample_space.labels_within`.
-
-    Returns:
-      The losses by task.
-    """
-    labels = labels_within(labels, within or {})
-    losses = binary_losses(logits, labels)
-    return {t: (weights or {}).get(t, 1.0) * loss for t, loss in losses.items()}
+            own = self.task_refinement(fields, interests)
+        else:
+            own = jnp.stack([plain(x) for x in interests.swapaxes(0, 1)], axis=1)
+        return Bottom(own, plain(jnp.mean(interests[:, : self.averaged], axis=1)))
 
 
 def scale_difference(
@@ -420,7 +390,7 @@ def scale_difference(
     Returns:
       0 on the diagonal, and everywhere before training.
     """
-    norms = interests.apply({"params": params}, method="norms")
+    norms: Any = interests.apply({"params": params}, method="norms")
     scales = jnp.stack([v for name, v in norms.items() if name.startswith("scale")])
     between = jnp.abs(scales[:, :, None] - scales[:, None])
     return jnp.mean(between, axis=(0, 3, 4))

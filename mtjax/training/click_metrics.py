@@ -1,7 +1,7 @@
 """Metrics of click models: per user, of calibration, with labels missing."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Real, Shaped
@@ -9,7 +9,8 @@ from scipy.stats import rankdata
 
 from mtjax.training.metrics import LOG_LOSS, ROC_AUC
 
-Numbers = Real[np.ndarray, " n"]
+# Axes have no names here: unequal lengths get an error of ours.
+Numbers = Real[np.ndarray, " _"]
 
 
 class GroupedAuc(NamedTuple):
@@ -29,7 +30,7 @@ class GroupedAuc(NamedTuple):
 
 
 def gauc(
-    targets: Numbers, scores: Numbers, groups: Shaped[np.ndarray, " n"]
+    targets: Numbers, scores: Numbers, groups: Shaped[np.ndarray, " _"]
 ) -> GroupedAuc:
     r"""Area under the ROC curve per user, averaged with impressions as weights.
 
@@ -115,7 +116,7 @@ def click_calibration_error(
     probabilities: Numbers,
     *,
     bins: int = 15,
-    strategy: Literal["uniform", "quantile"] = "uniform",
+    strategy: str = "uniform",
 ) -> float:
     r"""Expected calibration error of the probability of class 1.
 
@@ -130,8 +131,8 @@ def click_calibration_error(
       targets: labels 0 or 1.
       probabilities: of class 1.
       bins: number of bins, at least 1.
-      strategy: bins of equal width, or of (nearly) equal size, which tells more where
-        all probabilities are small.
+      strategy: ``"uniform"`` for bins of equal width, ``"quantile"`` for bins of equal
+        size, which tell more where all probabilities are small.
 
     Returns:
       The error, NaN without examples.
@@ -167,7 +168,7 @@ def click_calibration_error(
 def click_metrics(
     labels: Mapping[str, Numbers],
     probabilities: Mapping[str, Numbers],
-    users: Shaped[np.ndarray, " n"] | None = None,
+    users: Shaped[np.ndarray, " _"] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Computes what is usual for click models, for every task.
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Real
 
 def full_ranks(
     scores: Real[np.ndarray, "n items"],
-    targets: Int[np.ndarray, " n"],
+    targets: Int[np.ndarray, " targets"],
     *,
     excluded: Bool[np.ndarray, "n items"] | Bool[np.ndarray, " items"] | None = None,
 ) -> Float[np.ndarray, " n"]:
@@ -49,7 +49,7 @@ def full_ranks(
 
 
 def full_ranks_in_blocks(
-    blocks: Iterable[Real[np.ndarray, "n columns"]],
+    blocks: Iterable[Real[np.ndarray, "n _"]],
     targets: Int[np.ndarray, " n"],
     target_scores: Real[np.ndarray, " n"],
     *,

@@ -68,8 +68,8 @@ def unique_rows(ids: Int[Array, "*shape"], num_rows: int) -> UniqueRows:
 
 
 def take_rows(
-    table: Shaped[Array, "rows *rest"], rows: Int[Array, " n"]
-) -> Shaped[Array, "n *rest"]:
+    table: Shaped[Array, "rows ..."], rows: Int[Array, " n"]
+) -> Shaped[Array, "n ..."]:
     """The rows of a table, zeros for numbers beyond it.
 
     Args:
@@ -126,7 +126,7 @@ def sparse_rows(
       [2. 1. 0.]
       >>> step = jax.jit(optimizer.update, donate_argnums=(0, 1))
       >>> table, state = step(table, state, rows, grads)
-      >>> print(table[jnp.array([3, 8, 9]), 0])
+      >>> print(table[jnp.array([3, 8, 9]), 0].round(2))
       [0.9 0.9 1. ]
 
     References:
@@ -174,7 +174,8 @@ def on_shards(optimizer: RowOptimizer, mesh: Mesh, axis: str = "data") -> RowOpt
       The optimizer; its `update` takes all rows and gradients on every device.
 
     Example:
-      >>> mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+      >>> from mtjax.training import data_mesh
+      >>> mesh = data_mesh(jax.devices()[:1])
       >>> optimizer = on_shards(sparse_rows(optax.sgd(1.0)), mesh)
       >>> table, rows = jnp.ones((4, 1)), jnp.array([2])
       >>> state = optimizer.init(table)

@@ -103,5 +103,6 @@ def test_other_files_are_explained(sample, tmp_path):
     with pytest.raises(DataFormatError, match="must hold 0 or 1 in 'purchase'"):
         next(encode_click_log(path, ALI_CCP, encoder))
     train = sample("ali_ccp")
+    path.write_text("click,purchase,101,D1\n0,1,1,0.5\n")
     with pytest.raises(ValueError, match="`table` must hold the column"):
         next(encode_click_log(path, ALI_CCP, fit_click_log(train, ALI_CCP)))

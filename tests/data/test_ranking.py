@@ -189,7 +189,7 @@ def test_bad_tables_are_explained(changes, message):
 def test_bad_splits_and_inputs_are_explained():
     data = table()
     problem = problem_of(data)
-    with pytest.raises(ValueError, match="`name` must be one of .*got 'dev'"):
+    with pytest.raises(ValueError, match=r"`name` must be one of .*got 'dev'"):
         problem.split("dev")
     with pytest.raises(ValueError, match="`rows` must hold the splits"):
         ranking_problem(

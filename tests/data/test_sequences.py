@@ -76,8 +76,7 @@ def check(problem):
     np.testing.assert_array_equal(
         items.train_counts, np.bincount(train["target"], minlength=rows)
     )
-    groups = [set(problem.split(split)["group"].tolist()) for split in SPLITS]
-    return groups
+    return [set(problem.split(split)["group"].tolist()) for split in SPLITS]
 
 
 def test_past_is_what_a_double_loop_finds():

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import self_positioning as experiment
-from experiments.self_positioning_bench import Bench
+from experiments.self_positioning_baselines import shared_out, single_models
+from experiments.self_positioning_bench import Bench, input_grams
 from experiments.self_positioning_data import Scored, Search, Sizes, load_data, measure
 
 SIZES = Sizes(40, 120, 24, 30, 30, queries=2, corpus=4)
@@ -82,6 +84,43 @@ def test_the_layers_that_rest_have_run_before():
     np.testing.assert_allclose(found[texts], whole, atol=2e-3)  # float16 between
 
 
+def test_mixtures_by_hand():
+    passes = {"intent": 200, "sts": 20}
+    of = lambda share, length: shared_out(passes, share, length)
+    assert of(0.25, "total") == {"intent": 165, "sts": 55}
+    # The larger share has 200 batches, whichever task that is.
+    assert of(0.25, "longest") == {"intent": 200, "sts": 67}
+    assert of(0.5, "longest") == {"intent": 200, "sts": 200}
+    assert of(0.75, "longest") == {"intent": 67, "sts": 200}
+
+
+def test_inputs_of_kernels_are_those_of_real_tokens():
+    bench = Bench(replace(experiment.QUICK.bench, sizes=SIZES, layers=2), 0)
+    found = input_grams(bench, bench.base, "sts")
+    shapes = {path: gram.shape for path, gram in found.items()}
+    names = ("query", "key", "value", "output")
+    kernels = [f"attention/{n}" for n in names] + ["mlp_in", "mlp_out"]
+    paths = {f"{layer}/{kernel}/kernel" for layer in bench.base for kernel in kernels}
+    assert {*shapes} == paths == {p for p in paths if shapes[p][0] in (32, 64)}
+    states, mask = bench.inputs(np.unique(bench.data.tasks["sts"].pairs["train"]))
+    tokens = np.float64(states[mask])
+    assert len(tokens) < mask.size  # there is padding
+    expected = tokens.T @ tokens / len(tokens)
+    gram = found["layer_0/attention/query/kernel"]
+    np.testing.assert_allclose(gram, expected, rtol=1e-4, atol=1e-5)
+    # The next layer sees what this one makes of it.
+    own = {"params": bench.base["layer_0"]}
+    made = []
+    for x, real in zip(states[:3], mask[:3]):
+        row = jnp.asarray(x[real], jnp.float32)[None]
+        made.append(bench.layer.apply(own, row, real[real][None])[0])
+    deep = np.concatenate(made, dtype=np.float64)
+    one = np.unique(bench.data.tasks["sts"].pairs["train"])[:3]
+    bench.data.tasks["sts"].pairs["train"] = one
+    few = input_grams(bench, bench.base, "sts")["layer_1/attention/query/kernel"]
+    np.testing.assert_allclose(few, deep.T @ deep / len(deep), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_resumes_where_it_was_interrupted(tmp_path, dies):
     config = replace(experiment.QUICK, seeds=2)
@@ -91,8 +130,28 @@ def test_resumes_where_it_was_interrupted(tmp_path, dies):
         experiment.main(config, tmp_path / "stopped")
     assert experiment.main(config, tmp_path / "stopped") == expected
 
+    # Rows that were added later need nothing of the others but the models' seed.
+    (tmp_path / "stopped" / "more_1.json").unlink()
+    runs = dies(experiment, "run", 1)
+    assert experiment.main(config, tmp_path / "stopped") == expected
+    assert not runs
+    alone = single_models(Bench(config.bench, 1))[0]
+    for task, params in alone.items():
+        measured = Bench(config.bench, 1).scores(params, "test")
+        assert measured == expected[1]["rows"][f"{task} alone"]
+
     rows = expected[0]["rows"]
-    for name in ("joint", "joint, 50% sts", "SLERP, grid", "TIES", "Fisher", "SP, 0.2"):
+    assert rows["joint, 50% sts, longest"] != rows["joint, 50% sts"]
+    assert rows["RegMean"] != rows["average"]
+    for name in (
+        "RegMean",
+        "joint",
+        "joint, 50% sts",
+        "SLERP, grid",
+        "TIES",
+        "Fisher",
+        "SP, 0.2",
+    ):
         assert 0 < rows[name]["mean"] < 100
         assert f"| {name} |" in (tmp_path / "stopped" / "table.md").read_text()
     assert rows["average"] != rows["SLERP, half way"]

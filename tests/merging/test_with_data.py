@@ -175,6 +175,13 @@ def test_grams_of_a_model_and_regmean_plus_plus():
     )
     np.testing.assert_allclose(found["second/kernel"], hidden.T @ hidden, rtol=1e-4)
 
+    # What a mask leaves out is as if it were not there.
+    run = lambda: net.apply({"params": models[0]}, data["0"])
+    masked = dense_grams(run, np.arange(6) < 4)
+    few = grams_fn(models[0], data["0"][:4])
+    for path, gram in few.items():
+        np.testing.assert_allclose(masked[path], gram, rtol=1e-5, atol=1e-6)
+
     grams = {name: grams_fn(m, data[name]) for name, m in zip("01", models)}
     plain = regmean(models, grams)
     layers = [["first/kernel"], ["second/kernel"]]

@@ -12,6 +12,7 @@ import pytest
 import mtjax
 from mtjax.nn import STEM, FieldEmbeddings, SENet, TaskFieldEmbeddings, is_shared
 from mtjax.nn.fields import embedding_width, hash_ids
+from mtjax.transforms.sparse_rows import sparse_rows, take_rows, unique_rows
 
 SIZES = {"shop": 5, "brand": 4, "city": 7}
 IDS = jnp.array([[2, 0, 6], [4, 3, 1], [-1, 4, 2], [5, -9, 99]])
@@ -147,9 +148,7 @@ def test_hash_is_murmurs_finaliser():
 def test_hashed_fields_take_every_integer():
     module = FieldEmbeddings(SIZES, width=2, hashed=("shop", "city"))
     ids = jnp.array([[0, 0, 1], [1, 1, 0], [-7, 2, 10**9], [88, 4, -1]])
-    rows = start(module, ids, method="row_numbers") and module.apply(
-        start(module, ids), ids, method="row_numbers"
-    )
+    rows = module.apply(start(module, ids), ids, method="row_numbers")
     expected = np.array(
         [
             [0, 0, 1],
@@ -208,8 +207,6 @@ def test_tables_of_tasks_feed_stem_and_stay_apart():
 
 def test_rows_of_a_batch_train_like_the_whole_table():
     """What `row_numbers` is for: gradients of the rows read, not of the table."""
-    from mtjax.transforms.sparse_rows import sparse_rows, take_rows, unique_rows
-
     module = FieldEmbeddings(SIZES, width=3)
     variables = start(module, IDS)
     table = variables["params"]["table_3"]
@@ -284,7 +281,7 @@ def test_senet_weighs_whole_fields(gate):
 
 def test_senet_checks_its_arguments():
     fields = jnp.ones((1, 2, 2))
-    with pytest.raises(ValueError, match="`gate` must be one of .* got 'tanh'"):
+    with pytest.raises(ValueError, match=r"`gate` must be one of .* got 'tanh'"):
         SENet(gate="tanh").init(jax.random.key(0), fields)
     with pytest.raises(ValueError, match="`reduction` must be at least 1, got 0"):
         SENet(reduction=0).init(jax.random.key(0), fields)

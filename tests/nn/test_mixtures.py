@@ -85,7 +85,14 @@ def test_one_expert_is_a_shared_bottom(single_gate):
     model = MMOE.copy(num_experts=1, single_gate=single_gate)
     params = start(model)
     bottom = SharedBottomRanker(tasks=TASKS, widths=(5, 4), tower=(3,))
-    same = {"bottom": params["experts_0"], "task_towers": params["task_towers"]}
+    expert = params["experts_0"]
+    same = {"task_towers": params["task_towers"]} | {
+        f"bottom_{i}": {
+            "kernel": expert[f"kernel_{i}"][0],
+            "bias": expert[f"bias_{i}"][0],
+        }
+        for i in range(2)
+    }
     close(apply(model, params), [*apply(bottom, same).values()])
 
 
@@ -122,7 +129,10 @@ def ple(p, x, own, shared, levels):
         ]
         if not last:
             weights = plain.softmax(z[3] @ p_i["shared_gate"]["kernel"][0])
-            new.append(plain.mixed(weights, sum(outputs, []) + common))  # noqa: RUF017
+            new.append(
+                plain.mixed(weights, [e for group in outputs for e in group] + common)
+            )
+
         z = new
     return towers(p, z)
 
@@ -172,9 +182,11 @@ def test_losses_on_different_sample_spaces():
     space = np.array([1, 1, 0, 1, 0, 0, 1, 1])
     labels = np.where(space, np.arange(8) % 2, 7.0).astype(np.float32)
 
+    mask = jnp.asarray(space)
+
     def loss(params, x):
         logits = model.apply({"params": params}, x)["b"]
-        return masked_mean(optax.sigmoid_binary_cross_entropy(logits, labels), space)
+        return masked_mean(optax.sigmoid_binary_cross_entropy(logits, labels), mask)
 
     value, slopes = jax.jit(jax.value_and_grad(loss, argnums=1))(params, X)
     y = np.float64(apply(model, params)["b"])
@@ -230,7 +242,7 @@ def test_adatt_without_gates_is_one_network_per_task():
 
 def test_stem_reads_all_tables_and_moves_its_own():
     model = STEM(
-        tasks=TASKS, own=1, shared=2, widths=((4,),), gate_hidden=(3,), tower=(3,)
+        tasks=TASKS, own=1, shared=2, widths=((4,),), gate_hidden=(3,), tower=()
     )
     x = {
         t: jax.random.normal(jax.random.key(i), (8, 6))

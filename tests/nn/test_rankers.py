@@ -175,13 +175,7 @@ def test_shared_bottom_gradients():
 def test_shared_bottom_with_one_task_is_the_single_task_model():
     model = SharedBottomRanker(tasks=("a",), widths=(5, 4), tower=(3,))
     params = start(model)
-    dense = {
-        f"Dense_{i}": {
-            "kernel": params["bottom"][f"kernel_{i}"][0],
-            "bias": params["bottom"][f"bias_{i}"][0],
-        }
-        for i in range(2)
-    }
+    dense = {f"Dense_{i}": params[f"bottom_{i}"] for i in range(2)}
     h = MLP((5, 4)).apply({"params": dense}, X)
     expected = Tower((3,)).apply({"params": params["task_towers"]["a"]}, h)
     np.testing.assert_array_equal(model.apply({"params": params}, X)["a"], expected)
@@ -326,7 +320,6 @@ def test_a_missing_task_or_expert_is_named():
         (AdaTT(tasks=TASKS, own=0), "`own` must be at least 1"),
         (SNR(tasks=TASKS, num_experts=0), "`num_experts` must be at least 1"),
         (SNR(tasks=TASKS, widths=()), "`widths` must describe"),
-        (SNR(tasks=TASKS, mode="sum"), '`mode` must be "transform" or "average"'),
         (CrossStitch(tasks=TASKS, widths=()), "`widths` must name"),
         (AITM(tasks=TASKS, bottom=()), "`bottom` must name"),
         (ESMM(tasks=TASKS), "`tasks` must be two"),
