@@ -24,6 +24,7 @@ import mtjax
 from mtjax.data.ranking import RankingProblem, ranking_problem
 from mtjax.losses.binary import binary_losses
 from mtjax.nn.fields import FieldEmbeddings
+from mtjax.nn.task_leaves import is_shared
 from mtjax.training.click_metrics import click_metrics
 from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
@@ -174,7 +175,9 @@ def fit(
                 t: x + penalty * sown / len(losses) for t, x in losses.items()
             }, state
 
-        grad_fn: Any = mtjax.value_and_task_grads(losses_of, has_aux=True)
+        grad_fn: Any = mtjax.value_and_task_grads(
+            losses_of, has_aux=True, shared=is_shared
+        )
 
         def step(carry, xs):
             (params, state), opt_state = carry

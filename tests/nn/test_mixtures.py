@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from mtjax.data import sinusoid_tasks
 from mtjax.losses import masked_mean
 from mtjax.nn import PLE, STEM, AdaTT, Gate, MMoE, SharedBottomRanker
 from tests.nn import plain
@@ -282,59 +281,3 @@ def test_stem_reads_all_tables_and_moves_its_own():
     np.testing.assert_array_equal(np.any(own, axis=(2, 3)), np.eye(3))
     shared = of_params["level_0"]["shared_experts"]["kernel_0"]
     assert np.any(shared, axis=(2, 3)).all()
-
-
-@pytest.mark.slow
-def test_mmoe_beats_the_shared_bottom_where_tasks_conflict():
-    """The synthetic study of MMoE, 20 seeds at once, equal numbers of parameters."""
-    tasks, seeds, steps, batch = ("a", "b"), 20, 1500, 64
-    mmoe = MMoE(tasks=tasks, num_experts=8, widths=((4,),), tower=(4,))
-    bottom = SharedBottomRanker(tasks=tasks, widths=(33,), tower=(4,))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
-    def final_loss(model, x, y, key):
-        params = model.init(key, x[:1])["params"]
-        tx = optax.adam(3e-3)
-
-        def loss(params, x, y):
-            logits = model.apply({"params": params}, x)
-            return jnp.mean((jnp.stack([*logits.values()], axis=1) - y) ** 2)
-
-        def step(state, rows):
-            params, opt_state = state
-            value, grads = jax.value_and_grad(loss)(params, x[rows], y[rows])
-            updates, opt_state = tx.update(grads, opt_state)
-            return (optax.apply_updates(params, updates), opt_state), value
-
-        rows = jax.random.randint(key, (steps, batch), 0, len(x))
-        _, values = jax.lax.scan(step, (params, tx.init(params)), rows)
-        return jnp.mean(values[-200:])
-
-    gaps = {}
-    for cosine in (0.5, 1.0):
-        samples = [
-            sinusoid_tasks(10_000, cosine, features=16, seed=s) for s in range(seeds)
-        ]
-        x, y = (
-            np.stack([getattr(s, k) for s in samples]) for k in ("inputs", "targets")
-        )
-        keys = jax.random.split(jax.random.key(0), seeds)
-        found = [np.asarray(final_loss(m, x, y, keys)) for m in (bottom, mmoe)]
-        print(
-            cosine,
-            [f.mean() for f in found],
-            (found[0] - found[1]).mean(),
-            (found[0] > found[1]).mean(),
-        )
-        gaps[cosine] = found[0] - found[1]
-    sizes = [
-        sum(
-            leaf.size for leaf in jax.tree.leaves(jax.eval_shape(m.init, keys[0], x[0]))
-        )
-        for m in (bottom, mmoe)
-    ]
-    print(sizes)
-    error = gaps[0.5].std(ddof=1) / seeds**0.5
-    assert gaps[0.5].mean() > 2 * error
-    assert gaps[1.0].mean() < gaps[0.5].mean()
