@@ -14,6 +14,7 @@ Then `mtjax list` shows methods and data, and `mtjax train` compares any of them
   mtjax data prepare energy_efficiency --from FOLDER --data-dir DATA
   mtjax train --data energy_efficiency --data-dir DATA --out runs/energy
   mtjax merge --method ties --base A --models B C D --out E
+  mtjax export my_module:make --checkpoint E --out model.jax
 
 An interrupted run goes on when the same command is given again.
 Errors exit with status 2 and change nothing; MTJAX_DEBUG=1 shows their traceback.
@@ -40,11 +41,13 @@ def main(args: list[str] | None = None) -> None:
         else:
             from mtjax.merging.command import merge
             from mtjax.study.command import list_all, quickstart, train
+            from mtjax.training.command import export
 
             commands = {
                 "quickstart": quickstart,
                 "train": train,
                 "merge": merge,
+                "export": export,
                 "list": list_all,
                 "data": data,
             }

@@ -55,6 +55,8 @@ from mtjax.data.synthetic_tasks import SinusoidTasks as SinusoidTasks
 from mtjax.data.synthetic_tasks import sinusoid_tasks as sinusoid_tasks
 from mtjax.data.table_encoder import TableEncoder as TableEncoder
 from mtjax.data.table_encoder import fit_table_encoder as fit_table_encoder
+from mtjax.data.table_encoder_files import load_table_encoder as load_table_encoder
+from mtjax.data.table_encoder_files import save_table_encoder as save_table_encoder
 
 __all__ = [
     "ALIEXPRESS",
@@ -91,6 +93,7 @@ __all__ = [
     "image_pairs",
     "load_images",
     "load_problem",
+    "load_table_encoder",
     "mixture",
     "mixture_weights",
     "mnist_subset",
@@ -108,6 +111,7 @@ __all__ = [
     "rows_by_time",
     "sample_batch",
     "sample_negatives",
+    "save_table_encoder",
     "sequence_problem",
     "sinusoid_tasks",
     "tfds_source",

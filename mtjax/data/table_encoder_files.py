@@ -57,10 +57,9 @@ def load_table_encoder(path: str | Path) -> TableEncoder:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        kind = content["format"]
-    except (ValueError, TypeError, KeyError):
-        kind = None
-    if kind != _FORMAT:
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
             f"`path` must be a file from `save_table_encoder`, got {str(path)!r}, "
             "which is none. Save the encoder again."

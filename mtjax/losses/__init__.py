@@ -14,6 +14,11 @@ from mtjax.losses.entire_space import (
 from mtjax.losses.entropy import entropy_loss, summed_entropies
 from mtjax.losses.label_chain import label_chain_penalty
 from mtjax.losses.masked import masked_mean
+from mtjax.losses.sampled_softmax import (
+    in_batch_softmax_loss,
+    log_frequencies,
+    sampled_softmax_loss,
+)
 
 __all__ = [
     "EntireSpaceLosses",
@@ -25,9 +30,12 @@ __all__ = [
     "entropy_loss",
     "imputation_loss",
     "in_batch_contrastive_loss",
+    "in_batch_softmax_loss",
     "inverse_propensity_loss",
     "label_chain_penalty",
+    "log_frequencies",
     "masked_mean",
     "product_of_chances",
+    "sampled_softmax_loss",
     "summed_entropies",
 ]

@@ -7,12 +7,7 @@ from mtjax.nn.cross_stitch import CrossStitch
 from mtjax.nn.dselect_k import DSelectK
 from mtjax.nn.esmm import ESMM
 from mtjax.nn.experts import Experts
-from mtjax.nn.fields import (
-    FieldEmbeddings,
-    TaskFieldEmbeddings,
-    embedding_width,
-    hash_ids,
-)
+from mtjax.nn.fields import FieldEmbeddings, embedding_width, hash_ids
 from mtjax.nn.gates import Gate
 from mtjax.nn.grams import dense_grams
 from mtjax.nn.hypernetwork import HyperDense, Hypernetwork
@@ -32,6 +27,7 @@ from mtjax.nn.shared_bottom import SharedBottom
 from mtjax.nn.shared_bottom_ranker import SharedBottomRanker
 from mtjax.nn.snr import SNR
 from mtjax.nn.stem import STEM
+from mtjax.nn.task_fields import TaskFieldEmbeddings
 from mtjax.nn.task_leaves import is_shared
 from mtjax.nn.towers import Tower, Towers
 from mtjax.nn.vit import ViT

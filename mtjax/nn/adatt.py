@@ -93,7 +93,7 @@ class AdaTT(nn.Module):
         native = [
             self._native(
                 "task_residual" if last else f"residual_{i}",
-                outputs[:, :num_own].reshape(len(h), num_tasks, self.own, -1),
+                outputs[:, :num_own].reshape(h.shape[0], num_tasks, self.own, -1),
             )
         ]
         if num_modules > num_tasks:

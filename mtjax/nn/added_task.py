@@ -42,8 +42,10 @@ def add_task(old: PyTree, fresh: PyTree) -> Added:
 
     Example:
       >>> from mtjax.nn import MMoE
-      >>> init = lambda *tasks: MMoE(tasks).init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> added = add_task(init("click")["params"], init("click", "like")["params"])
+      >>> def start(*tasks):
+      ...     init = jax.jit(MMoE(tasks).init)
+      ...     return init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+      >>> added = add_task(start("click"), start("click", "like"))
       >>> print(added.trainable["task_gates"]["kernel"].any((1, 2)))
       [False  True]
     """

@@ -110,7 +110,7 @@ class DSelectK(nn.Module):
         selected = jnp.prod(factors, axis=-1)
         weights = jnp.einsum("bgk,bgkn->bgn", jax.nn.softmax(w, axis=-1), selected)
         self.sow("losses", "dselect_k", _regulariser(selected, bits))
-        weights = jnp.broadcast_to(weights, (len(x), g, n))
+        weights = jnp.broadcast_to(weights, (x.shape[0], g, n))
         self.sow("intermediates", "gates", weights)
         return weights
 
@@ -125,7 +125,7 @@ class DSelectK(nn.Module):
             return self.param(name, init, (self.num_gates, *shape))[None]
         kernel = self.param(name, init, (self.num_gates, x.shape[-1], size))
         terms = "bd,gdk->bgk" if x.ndim == 2 else "bgd,gdk->bgk"
-        return jnp.einsum(terms, x, kernel).reshape(len(x), self.num_gates, *shape)
+        return jnp.einsum(terms, x, kernel).reshape(x.shape[0], self.num_gates, *shape)
 
 
 def _regulariser(selected: Float[Array, "rows gates k experts"], bits: int) -> Array:

@@ -26,4 +26,4 @@ class LeNet(nn.Module):
         x = nn.relu(nn.Conv(self.channels[0], (5, 5), strides=2)(images))
         x = nn.relu(nn.Conv(self.channels[1], (3, 3))(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        return nn.relu(nn.Dense(self.features)(x.reshape(len(x), -1)))
+        return nn.relu(nn.Dense(self.features)(x.reshape(x.shape[0], -1)))

@@ -76,7 +76,7 @@ class MMoE(nn.Module):
         name = "gate" if self.single_gate else "task_gates"
         gates = self.gate(num_gates=num_gates, num_experts=n, name=name)
         h = mix(gates(x, train=train), h)
-        h = jnp.broadcast_to(h, (len(h), len(self.tasks), h.shape[-1]))
+        h = jnp.broadcast_to(h, (h.shape[0], len(self.tasks), h.shape[-1]))
         return Towers(self.tasks, self.tower, self.dropout, name="task_towers")(
             h, train=train
         )

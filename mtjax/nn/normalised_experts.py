@@ -80,7 +80,7 @@ class NormalisedExperts(nn.Module):
             self.widths,
             activate_output=False,
             observed=False,
-            name="experts",
+            name="dense",
         )
         x = experts(x)
         if self.norm:

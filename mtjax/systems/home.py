@@ -1,9 +1,9 @@
-r"""HoME: experts that neither die, nor belong to one task, nor starve a rare one.
+r"""HoME: two levels of experts that stay alive.
 
 HoME: Hierarchy of Multi-Gate Experts for Multi-Task Learning at Kuaishou, KDD 2025.
 Tasks are grouped into categories; two levels of shared, category and task experts are
 normalised alike, read inputs that are gated for their group, and reach what is above
-them also past the softmax gate, so that no gate can cut them off from the gradient.
+them also past the softmax gates, so that they neither die nor leave rare tasks alone.
 
 New here: `SelfGates`, the two levels of `HoME`, and `home_losses`.
 
@@ -142,7 +142,7 @@ class SelfGates(nn.Module):
         owner = np.repeat(np.arange(groups), self.counts)
         own = owner[None] == np.arange(groups)[:, None]
         alone = jnp.asarray(own & (own.sum(1, keepdims=True) == 1))[None]
-        logits = jnp.broadcast_to(logits, (len(x), *own.shape))
+        logits = jnp.broadcast_to(logits, (x.shape[0], *own.shape))
         weights = jnp.where(alone, nn.sigmoid(logits), masked_softmax(logits, own))
         self.sow("intermediates", "self_gates", weights)
         return weights
@@ -184,7 +184,7 @@ class ExpertGroups(nn.Module):
         if config.feature_gate != "none":
             rank = config.rank if config.feature_gate == "low_rank" else None
             x = FeatureGates(groups, rank, config.adapters, name="feature_gates")(x)
-        residual = jnp.zeros((len(x), groups, config.widths[-1]), x.dtype)
+        residual = jnp.zeros((x.shape[0], groups, config.widths[-1]), x.dtype)
         if not total:
             return GroupOutputs(x, residual[:, :0], residual)
         # Slices and broadcasts: a gather would scatter on the way back.
@@ -318,7 +318,7 @@ class HoME(nn.Module):
         mask = [may_use(first, *first), *(may_use(first, SHARED, c) for c in names)]
         counts = tuple(first.count(group) for group in groups)
         level = ExpertGroups(counts, config, config.self_gate, name="level_1")
-        inputs = jnp.broadcast_to(x[:, None], (len(x), len(groups), x.shape[-1]))
+        inputs = jnp.broadcast_to(x[:, None], (x.shape[0], len(groups), x.shape[-1]))
         found = level(inputs, train=train)
         weights = gate("gates", first, mask)(found.inputs)
         z = mix(weights, found.experts) + found.residual

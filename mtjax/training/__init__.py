@@ -15,6 +15,7 @@ from mtjax.training.comparison import (
     mtl_gain,
     seed_table,
 )
+from mtjax.training.export import check_export, export_model
 from mtjax.training.logging import (
     JsonlLogger,
     Logger,
@@ -53,6 +54,7 @@ from mtjax.training.ranking_metrics import (
     full_ranks_in_blocks,
     top_k_metrics,
 )
+from mtjax.training.retrieval import target_ranks, top_k_items
 from mtjax.training.run_config import ConfigMismatchError
 from mtjax.training.state import TrainState
 from mtjax.training.step import make_train_step
@@ -84,11 +86,13 @@ __all__ = [
     "TrainState",
     "WandbLogger",
     "calibration_ratio",
+    "check_export",
     "click_calibration_error",
     "click_metrics",
     "combine_loggers",
     "data_mesh",
     "delta_m",
+    "export_model",
     "fit",
     "full_ranks",
     "full_ranks_in_blocks",
@@ -106,5 +110,7 @@ __all__ = [
     "seed_table",
     "shard_batch",
     "step_milliseconds",
+    "target_ranks",
+    "top_k_items",
     "top_k_metrics",
 ]

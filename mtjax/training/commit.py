@@ -16,10 +16,10 @@ import numpy as np
 COMMIT = "commit.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or nothing."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader sees all of it or nothing; text as UTF-8."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
     draft.replace(path)
 
 

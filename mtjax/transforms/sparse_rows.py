@@ -153,7 +153,8 @@ def sparse_rows(
             gathered,
             of_rows,
         )
-        return _put(table, rows, optax.apply_updates(values, updates)), state
+        values = jnp.asarray(optax.apply_updates(values, updates))
+        return _put(table, rows, values), state
 
     return RowOptimizer(init, update)
 

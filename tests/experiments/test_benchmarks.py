@@ -59,6 +59,13 @@ def test_an_interpreter_without_the_peer_is_the_same_as_none():
 
 
 @pytest.mark.slow
+def test_embedding_updates():
+    table = rows(output_of("embedding_updates", "quick"))
+    assert {row[1] for row in table} == {"Adam", "lazy Adam"}
+    assert all(float(row[2]) > 0 for row in table)
+
+
+@pytest.mark.slow
 def test_merge_throughput():
     output = output_of("merge_throughput", "quick")
     assert "mergekit is left out: give its command with --mergekit" in output

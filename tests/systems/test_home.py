@@ -64,7 +64,7 @@ def feature_gate(p, g, u):
 
 
 def expert(p, stats, i, u, train):
-    dense = p["experts"]
+    dense = p["dense"]
     h = plain.relu(u @ dense["kernel_0"][i] + dense["bias_0"][i])
     h = h @ dense["kernel_1"][i] + dense["bias_1"][i]
     mean, var = stats["norm"]["mean"][i], stats["norm"]["var"][i]
@@ -132,7 +132,7 @@ def test_running_averages_take_note_of_the_batch():
     _, state = apply(model, variables, train=True, mutable=["batch_stats"])
     p, s = (plain.float64(variables[k]["level_1"]) for k in ("params", "batch_stats"))
     u = feature_gate(p["feature_gates"], 1, np.float64(X))
-    dense = p["experts"]["experts"]
+    dense = p["experts"]["dense"]
     h = plain.relu(u @ dense["kernel_0"][2] + dense["bias_0"][2])
     h = h @ dense["kernel_1"][2] + dense["bias_1"][2]
     found = state["batch_stats"]["level_1"]["experts"]["norm"]
@@ -152,7 +152,9 @@ def test_inference_does_not_depend_on_the_batch():
     assert np.abs(part["a"] - whole["a"][2:4]).max() > 1e-2
 
 
-@pytest.mark.parametrize("form", ["low_rank", "full"])
+@pytest.mark.parametrize(
+    "form", ["low_rank", pytest.param("full", marks=pytest.mark.slow)]
+)
 def test_feature_gates_start_as_the_identity(form):
     config = replace(SMALL, feature_gate=form)
     model, without = (
@@ -260,22 +262,30 @@ def test_every_gate_sums_to_one_over_its_own_experts():
 
 def moved(slopes):
     """Which experts of a level have a gradient."""
-    return [bool(np.any(s)) for s in slopes["experts"]["experts"]["kernel_0"]]
+    return [bool(np.any(s)) for s in slopes["experts"]["dense"]["kernel_0"]]
 
 
 def reached(model, variables):
     """The gradient of every task's outputs at every parameter."""
-    total = lambda params, t: jnp.sum(
-        model.apply({**variables, "params": params}, X)[t]
-    )
-    slope = jax.jit(jax.grad(total), static_argnums=1)
-    return {t: jax.device_get(slope(variables["params"], t)) for t in TASKS}
+
+    @jax.jit
+    def slopes(params):
+        apply = lambda params: model.apply({**variables, "params": params}, X)
+        _, pull = jax.vjp(apply, params)
+        one = lambda t: {k: jnp.full(8, float(k == t)) for k in TASKS}
+        return {t: pull(one(t))[0] for t in TASKS}
+
+    return jax.device_get(slopes(variables["params"]))
+
+
+@functools.cache
+def reached_by_default():
+    return reached(*start())
 
 
 def test_jacobian_has_the_zeros_of_the_hierarchy():
-    model, variables = start()
     owners = dict(zip(TASKS, CATEGORIES))
-    for t, slopes in reached(model, variables).items():
+    for t, slopes in reached_by_default().items():
         # Of the first level other categories' too, through z_sh.
         assert moved(slopes["level_1"]) == [True] * 4
         assert moved(slopes["shared"]) == [True]
@@ -307,12 +317,12 @@ def test_without_hierarchy_every_task_reaches_everything():
     for slopes in reached(model, variables).values():
         for name in ("level_1", "shared", "category", "level_2"):
             assert all(moved(slopes[name]))
-    assert is_shared("params/level_2/experts/experts/kernel_0")
+    assert is_shared("params/level_2/experts/dense/kernel_0")
 
 
 def test_task_modules_are_those_of_a_single_task():
-    model, variables = start()
-    found = reached(model, variables)
+    _, variables = start()
+    found = reached_by_default()
     for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"]):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "task_towers" in name:
@@ -382,7 +392,7 @@ def test_switches():
     assert sizes["all"] - sizes["no norm"] == norms == sizes["all"] - sizes["relu"]
     # 10 experts read half as much, as do 5 feature gates and 6 self-gates.
     assert sizes["all"] - sizes["own"] == 10 * 4 * 5 + 5 * 4 * (2 * 2 * 3 + 2) + 6 * 4
-    assert sizes["no task experts"] < sizes["no category experts"] < sizes["all"]
+    assert max(sizes["no task experts"], sizes["no category experts"]) < sizes["all"]
 
 
 def test_relu_experts_die_and_swish_experts_do_not():
@@ -391,9 +401,9 @@ def test_relu_experts_die_and_swish_experts_do_not():
         model, variables = start(replace(SMALL, activation=activation, norm=norm))
         params = {**variables["params"]}
         level = {**params["level_1"]}
-        dense = {**level["experts"]["experts"]}
+        dense = {**level["experts"]["dense"]}
         dense["bias_1"] = dense["bias_1"].at[0].set(-100.0)
-        level["experts"] = {**level["experts"], "experts": dense}
+        level["experts"] = {**level["experts"], "dense": dense}
         params["level_1"] = level
         variables = {**variables, "params": params}
         if norm:
@@ -495,7 +505,9 @@ def test_two_devices_under_jit():
     )
 
 
-@pytest.mark.parametrize("synchronised", [True, False])
+@pytest.mark.parametrize(
+    "synchronised", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_two_devices_in_shard_map(synchronised):
     _, variables = start()
     config = replace(SMALL, axis_name="data" if synchronised else None)
