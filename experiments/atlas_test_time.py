@@ -5,8 +5,8 @@ contrast of two views (SimCLR) or by reliable entropy (SAR), in its LayerNorms o
 coefficients of the other tasks' vectors; accuracy is measured on other images.
 
 Command:  python experiments/atlas_test_time.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: not known yet.
-Expect:   not measured yet.
+Machine:  two CPU cores.    Minutes: 15 per seed.
+Expect:   one seed: base 70.4 %; LayerNorms 67 to 70, coefficients 70 to 71.
 """
 
 from collections.abc import Callable, Iterator
