@@ -1,8 +1,9 @@
 """APEM on a chain of three steps of the census: do steps pick different patterns?
 
 In the labour force, and the full year, and with more than 50,000 dollars of income.
-APEM, rankers of the same number of parameters and with a learning rate tuned likewise,
-APEM without one component at a time, and labels of the last step that come late.
+APEM, rankers of the same number of parameters and with a learning rate tuned likewise
+(MMoE also in its usual, larger size), APEM without one component at a time, and labels
+of the last step that come late.
 
 Command:  python experiments/apem.py paper --config.data-dir DATA
 Machine:  two CPU cores.    Minutes: not measured yet.
@@ -67,7 +68,7 @@ class Config:
     apem: APEMConfig = field(default_factory=lambda: APEMConfig(dropout=0.0))
     width: int = 8  # of embeddings, in all models
     penalty: float = 0.6
-    baselines: tuple[str, ...] = ("shared bottom", "MMoE", "AITM")
+    baselines: tuple[str, ...] = ("shared bottom", "MMoE", "MMoE, 8 x 16", "AITM")
     ablations: tuple[str, ...] = tuple(ABLATIONS)
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     training: Training = field(default_factory=Training)
@@ -76,7 +77,7 @@ class Config:
 
 QUICK = Config(
     made_up=True,
-    apem=APEMConfig(groups=2, tower=(8,), dropout=0.0),
+    apem=APEMConfig(groups=3, blocks=1, tower=(8,), dropout=0.0),
     width=4,
     baselines=("MMoE",),
     ablations=("top 3 patterns", "late are masked"),
@@ -89,16 +90,15 @@ QUICK = Config(
 def with_late_labels(problem: RankingProblem, masked: bool) -> RankingProblem:
     """A log where the last step takes up to one unit of time to be seen.
 
-    Examples are up to two units old; what is not seen yet stands there as 0, or is
-    masked with all others that are younger than one.
+    Examples are up to two units old. What is not seen yet is 0, or masked with all
+    others that are younger than one.
     """
     labels, last = problem.train["labels"], problem.tasks[-1]
     rng = np.random.default_rng(0)
     age = rng.uniform(0, 2, len(labels[last])).astype(np.float32)
     seen = np.where(rng.uniform(0, 1, len(age)) <= age, labels[last], 0)
-    labels = {**labels, last: seen.astype(np.float32)}
+    labels = jax.tree.map(jnp.asarray, labels | {last: seen.astype(np.float32)})
     if masked:
-        labels = jax.tree.map(jnp.asarray, labels)
         labels = mature_labels(labels, jnp.asarray(age), {last: 1.0})
     return replace(problem, train={**problem.train, "labels": labels})
 
@@ -113,9 +113,8 @@ class Runs:
     @cached_property
     def problem(self) -> RankingProblem:
         """The data."""
-        if self.config.made_up:
-            return made_up(("start", "go on", "end"))
-        return census_ranking("chain", data_dir=self.config.data_dir)
+        real = lambda: census_ranking("chain", data_dir=self.config.data_dir)
+        return made_up(("start", "go on", "end")) if self.config.made_up else real()
 
     def apem(self, changes: Mapping[str, Any] = FrozenDict()) -> nn.Module:
         """APEM with all numbers as fields."""
@@ -128,10 +127,11 @@ class Runs:
         )
 
     def baseline(self, name: str) -> nn.Module:
-        """A ranker that has nearly as many parameters as APEM beside embeddings."""
-        target, width = size_of(self.apem(), self.problem), self.config.width
-        size = matched(name, self.problem, self.problem.tasks, target, width)
-        return ranker(name, self.problem, self.problem.tasks, size, width)
+        """A ranker of APEM's number of parameters beside embeddings, or MMoE's own."""
+        (kind, _, own), problem = name.partition(", "), self.problem
+        target, width = size_of(self.apem(), problem), self.config.width
+        size = 16 if own else matched(kind, problem, problem.tasks, target, width)
+        return ranker(kind, problem, problem.tasks, size, width)
 
     def train(self, name: str, rate: float, seed: int) -> dict[str, Any]:
         """Scores on the test examples, and what is picked there."""
@@ -146,8 +146,8 @@ class Runs:
         training = replace(config.training, learning_rate=rate)
         found = fit(model, problem, training, seed=seed, losses_fn=losses)
         predicted = predict(model, found.variables, problem.test)
-        scores: dict[str, Any] = measures(problem, predicted)
-        scores |= {"parameters": num_parameters(found.variables), "rate": rate}
+        scores: dict[str, Any] = measures(problem, predicted) | {"rate": rate}
+        scores |= {"parameters": num_parameters(found.variables)}
         scores |= {"seconds": found.seconds, "validation": max(found.aucs)}
         if baseline or name == "MLP for groups":
             return scores
@@ -194,8 +194,8 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]], last: str) -> str:
             line = {k: 100 * v for k, v in row.items() if k.endswith(" AUC")}
             for key in ("mean AUC", f"{last} AUC"):
                 line[f"{key} to APEM"] = 100 * (row[key] - base[key])
-            keep = ("parameters", "rate", "seconds")
-            ranking[name].append(line | {k: row[k] for k in keep})
+            costs = {k: row[k] for k in ("parameters", "rate", "seconds")}
+            ranking[name].append(line | costs)
             shares = {
                 k: 100 * row[k] for k in (f"{last} PR-AUC", f"{last} ECE", "rising")
             }
@@ -212,7 +212,7 @@ def plot_fields(problem: RankingProblem, found: Sequence[Mapping[str, Any]]) -> 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     ax = figure.subplots()
     image = ax.imshow(100 * shares[:, order], cmap="Blues", vmin=0, aspect="auto")
-    ax.set_yticks(range(len(problem.tasks)), problem.tasks)
+    ax.set_yticks(range(len(shares)), problem.tasks)
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
     figure.colorbar(image, ax=ax, label="share of what a step reads, %")
     return figure
@@ -230,8 +230,8 @@ def main(config: Config, out: Path) -> dict[str, Any]:
     results = per_method(config, out, train, config.seeds)
     (out / "table.md").write_text(tables(results, runs.problem.tasks[-1]))
     first = np.array(results["APEM"][0]["selection"])
-    figure = plot_gates({"seed 0": first}, gates=runs.problem.tasks)
-    figure.savefig(out / "apem_selection.png", dpi=110)
+    selection = plot_gates({"seed 0": first}, gates=runs.problem.tasks)
+    selection.savefig(out / "apem_selection.png", dpi=110)
     plot_fields(runs.problem, results["APEM"]).savefig(out / "apem.png", dpi=110)
     return results
 

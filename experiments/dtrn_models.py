@@ -28,7 +28,7 @@ HEADS: dict[str, Callable[[tuple[str, ...], int, bool], nn.Module]] = {
     BASE: lambda tasks, n, _: EachTask(tasks, SharedBottomRanker(tasks, (4 * n, n))),
     "MMoE": lambda tasks, n, _: EachTask(tasks, MMoE(tasks, 4, ((n,),))),
     "PLE": lambda tasks, n, under: (
-        Extraction(tasks, widths=((n,),))
+        Extraction(PLE(tasks, widths=((n,),)))
         if under
         else EachTask(tasks, PLE(tasks, widths=((n,),)))
     ),
@@ -114,16 +114,16 @@ def insight(
     """What tasks weigh, how far their norms are apart, and if like fights dislike."""
     config, tasks = model.body.config, model.body.tasks
 
-    def losses(params):
+    def losses(params, batch):
         logits: Any = model.apply({"params": params}, batch)
         return binary_losses(logits, batch["labels"])
 
     @jax.jit
-    def gramian(params):
-        _, grads = mtjax.value_and_task_grads(losses)(params)
+    def gramian(params, batch):
+        _, grads = mtjax.value_and_task_grads(losses)(params, batch)
         return grads.gramian()
 
-    order, products = sorted(tasks), np.asarray(gramian(variables["params"]))
+    order, products = sorted(tasks), np.asarray(gramian(variables["params"], batch))
     i, j = order.index("like"), order.index("dislike")
     cosine = products[i, j] / np.sqrt(products[i, i] * products[j, j])
     found: dict[str, Any] = {"cosine": float(cosine)}

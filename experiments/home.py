@@ -64,7 +64,7 @@ class Config:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     high_rate: float = 1e-2  # at which experts are watched
     watched: tuple[str, ...] = ("MMoE", "MMoE*", "ReLU, no norm", "HoME")
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(epochs=5))
     seeds: int = 5
 
 

@@ -5,6 +5,7 @@ or several tasks and judged by full rankings: the target among all items.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +96,15 @@ def fit(
             if curve[-1][1] == max(value for _, value in curve):
                 best = params
     return Fitted(best, curve, means)
+
+
+def shortened(problem: SequenceProblem, limit: int | None) -> SequenceProblem:
+    """The problem with so many targets of every split; with all if None."""
+    cut = lambda split: {name: values[:limit] for name, values in split.items()}
+    splits = {
+        name: cut(problem.split(name)) for name in ("train", "validation", "test")
+    }
+    return replace(problem, **splits)
 
 
 def shuffled(examples: int, size: int, seed: int) -> np.ndarray:

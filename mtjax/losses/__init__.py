@@ -1,7 +1,9 @@
 """Task losses that optax does not have."""
 
 from mtjax.losses.binary import binary_losses
+from mtjax.losses.chained_logits import chained_logits
 from mtjax.losses.contrastive import contrastive_loss, in_batch_contrastive_loss
+from mtjax.losses.delayed_feedback import mature_labels
 from mtjax.losses.entire_space import (
     EntireSpaceLosses,
     LogProbabilities,
@@ -24,6 +26,7 @@ __all__ = [
     "EntireSpaceLosses",
     "LogProbabilities",
     "binary_losses",
+    "chained_logits",
     "contrastive_loss",
     "doubly_robust_loss",
     "entire_space_losses",
@@ -35,6 +38,7 @@ __all__ = [
     "label_chain_penalty",
     "log_frequencies",
     "masked_mean",
+    "mature_labels",
     "product_of_chances",
     "sampled_softmax_loss",
     "summed_entropies",

@@ -7,6 +7,7 @@ from mtjax.nn.cross_stitch import CrossStitch
 from mtjax.nn.dselect_k import DSelectK
 from mtjax.nn.esmm import ESMM
 from mtjax.nn.experts import Experts
+from mtjax.nn.feature_gates import FeatureGates
 from mtjax.nn.fields import FieldEmbeddings, embedding_width, hash_ids
 from mtjax.nn.gates import Gate
 from mtjax.nn.grams import dense_grams
@@ -14,6 +15,7 @@ from mtjax.nn.hypernetwork import HyperDense, Hypernetwork
 from mtjax.nn.lenet import LeNet
 from mtjax.nn.mlp import MLP
 from mtjax.nn.mmoe import MMoE
+from mtjax.nn.normalised_experts import NormalisedExperts
 from mtjax.nn.ple import CGC, PLE
 from mtjax.nn.pooling import (
     SelfAttentionPooling,
@@ -22,10 +24,12 @@ from mtjax.nn.pooling import (
     mean_pool,
 )
 from mtjax.nn.senet import SENet
+from mtjax.nn.set_attention import SetAttention
 from mtjax.nn.sharded_embedding import row_sharding, take_sharded
 from mtjax.nn.shared_bottom import SharedBottom
 from mtjax.nn.shared_bottom_ranker import SharedBottomRanker
 from mtjax.nn.snr import SNR
+from mtjax.nn.sparse_softmax import sparse_softmax
 from mtjax.nn.stem import STEM
 from mtjax.nn.task_fields import TaskFieldEmbeddings
 from mtjax.nn.task_leaves import is_shared
@@ -45,6 +49,7 @@ __all__ = [
     "CrossStitch",
     "DSelectK",
     "Experts",
+    "FeatureGates",
     "FieldEmbeddings",
     "Gate",
     "HyperDense",
@@ -52,8 +57,10 @@ __all__ = [
     "InformationTransfer",
     "LeNet",
     "MMoE",
+    "NormalisedExperts",
     "SENet",
     "SelfAttentionPooling",
+    "SetAttention",
     "SharedBottom",
     "SharedBottomRanker",
     "TargetAttention",
@@ -68,5 +75,6 @@ __all__ = [
     "is_shared",
     "mean_pool",
     "row_sharding",
+    "sparse_softmax",
     "take_sharded",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +18,7 @@ Items = Mapping[str, Any]
 `numeric` if there are numbers, standardised, of shape `(items, numbers)`."""
 
 
-def take_items(items: Items, rows: Int[Array, " n"]) -> dict[str, Any]:
+def take_items(items: Items, rows: Int[Array | np.ndarray, " n"]) -> dict[str, Any]:
     """Some rows of a catalogue."""
     return jax.tree.map(lambda x: jnp.asarray(x)[rows], dict(items))
 

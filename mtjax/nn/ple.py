@@ -141,9 +141,21 @@ class PLE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch features"], *, train: bool = False
+        self,
+        x: Float[Array, "batch features"] | Float[Array, "batch groups features"],
+        *,
+        train: bool = False,
     ) -> dict[str, Float[Array, " batch"]]:
-        """The logits of every task."""
+        """The logits of every task.
+
+        Args:
+          x: what all experts and gates read, or a vector for those of every task and,
+            behind them, one for the shared experts.
+          train: whether to drop.
+
+        Returns:
+          One logit per example, by task.
+        """
         check_tasks(self.tasks)
         if not self.widths:
             raise ValueError("`widths` must describe at least one level, got ().")

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtjax.nn.ple import CGC
+from mtjax.nn.ple import PLE
 from mtjax.nn.towers import Towers
 
 
@@ -23,7 +23,18 @@ class Bottom(NamedTuple):
 
 
 class OwnTowers(nn.Module):
-    """Stands alone: a tower per task on the task's own input."""
+    """Stands alone: a tower per task on the task's own input.
+
+    Attributes are those of `mtjax.nn.Towers`.
+
+    Example:
+      >>> import jax
+      >>> head, x = OwnTowers(("click", "like"), (8,)), jnp.ones((3, 2, 5))
+      >>> bottom = Bottom(x, x[:, 0])
+      >>> variables = head.init(jax.random.key(0), bottom)
+      >>> head.apply(variables, bottom)["like"].shape
+      (3,)
+    """
 
     tasks: tuple[str, ...]
     hidden: tuple[int, ...] = (128, 64)
@@ -43,6 +54,10 @@ class EachTask(nn.Module):
     """Under any ranker, such as MMoE: it runs once per task, on the task's own input.
 
     Shared experts are so evaluated on every task's input, weighed by its own gate.
+
+    Attributes:
+      tasks: those of the ranker, in the same order.
+      ranker: a Linen module from `(batch, features)` to logits by task.
     """
 
     tasks: tuple[str, ...]
@@ -63,35 +78,20 @@ class Extraction(nn.Module):
     """Under PLE: tasks' experts and gates read their own input, shared ones `shared`.
 
     Which input shared experts read is not told by summaries of the paper; `EachTask`
-    with `mtjax.nn.PLE` is the other way. Attributes are those of `mtjax.nn.PLE`.
+    with `mtjax.nn.PLE` is the other way.
+
+    Attributes:
+      ranker: a `mtjax.nn.PLE` for the tasks.
     """
 
-    tasks: tuple[str, ...]
-    own: int = 2
-    shared: int = 1
-    widths: tuple[tuple[int, ...], ...] = ((16,),)
-    tower: tuple[int, ...] = (8,)
-    dropout: float = 0.0
+    ranker: PLE
 
     @nn.compact
     def __call__(
         self, bottom: Bottom, *, train: bool = False
     ) -> dict[str, Float[Array, " batch"]]:
         """The logits of every task."""
-        num_tasks, (batch, _, width) = len(self.tasks), bottom.tasks.shape
-        h = jnp.broadcast_to(bottom.tasks, (batch, num_tasks, width))
-        h = jnp.concatenate([h, bottom.shared[:, None]], axis=1)
-        for i, widths in enumerate(self.widths):
-            above = len(self.widths) - 1 - i
-            level = CGC(
-                num_tasks,
-                self.own,
-                self.shared,
-                widths,
-                levels_above=above,
-                dropout=self.dropout,
-                name=f"level_{i}",
-            )
-            h = level(h, train=train)
-        towers = Towers(self.tasks, self.tower, self.dropout, name="task_towers")
-        return towers(h, train=train)
+        batch, _, width = bottom.tasks.shape
+        own = jnp.broadcast_to(bottom.tasks, (batch, len(self.ranker.tasks), width))
+        inputs = jnp.concatenate([own, bottom.shared[:, None]], axis=1)
+        return self.ranker(inputs, train=train)

@@ -1,4 +1,4 @@
-r"""APEM: each step of a conversion chain picks its patterns of fields.
+r"""APEM: conversion steps pick their patterns of fields.
 
 Adaptive Pattern Extraction Multi-Task Learning for Multi-Step Conversion Estimations,
 2023. Learned group vectors attend to the fields of an example and so form patterns, at

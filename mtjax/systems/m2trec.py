@@ -30,6 +30,7 @@ from mtjax.losses.sampled_softmax import sampled_softmax_loss
 from mtjax.nn.fields import FIRST_KNOWN
 from mtjax.nn.item_features import ItemFeatures, Items, take_items
 from mtjax.nn.sequence_encoder import SequenceEncoder
+from mtjax.nn.unit_vectors import unit_vectors
 
 ITEM = "item"
 History = Int[Array | np.ndarray, "batch length"]
@@ -198,7 +199,9 @@ class M2TRec(nn.Module):
 
     def queries(self, s: Float[Array, "batch width"]) -> Float[Array, "batch key"]:
         """What a session is compared with items by."""
-        q = _scaled(self.query(s), self.config.temperature)
+        q = self.query(s)
+        if self.config.temperature is not None:
+            q = unit_vectors(q) / self.config.temperature
         if not self.config.category_bias:
             return q
         return jnp.concatenate([q, jnp.ones_like(q[:, :1])], axis=1)
@@ -207,7 +210,7 @@ class M2TRec(nn.Module):
         self, items: Items, vectors: Float[Array, "items width"]
     ) -> Float[Array, "items key"]:
         """What items are compared with sessions by: vectors, and the bias beside."""
-        z = _scaled(vectors, 1.0 if self.config.temperature else None)
+        z = vectors if self.config.temperature is None else unit_vectors(vectors)
         if not self.config.category_bias:
             return z
         ids, names = jnp.asarray(items["categorical"]), self.features.fields
@@ -350,13 +353,6 @@ def equal_metadata(items: Items) -> Int[np.ndarray, " items"]:
     """
     columns = [np.asarray(x, np.float64) for x in jax.tree.leaves(dict(items))]
     return np.unique(np.concatenate(columns, axis=1), axis=0, return_inverse=True)[1]
-
-
-def _scaled(x: Array, temperature: float | None) -> Array:
-    if temperature is None:
-        return x
-    square = jnp.sum(x**2, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24)) / temperature
 
 
 def _level_losses(

@@ -31,6 +31,7 @@ from mtjax.nn.feature_masks import Masking, augmented, draw_masks
 from mtjax.nn.item_features import ItemFeatures, Items, take_items
 from mtjax.nn.mlp import MLP
 from mtjax.nn.pooling import mean_pool
+from mtjax.nn.unit_vectors import unit_vectors
 
 RETRIEVAL, SSL = "retrieval", "ssl"
 Regulariser = Literal["ssl", "feature_dropout", "spread_out", "none"]
@@ -154,7 +155,6 @@ class TwoTower(nn.Module):
         Returns:
           Numbers from -1 to 1.
         """
-        self.temperature()
         q = self.query_vectors(items, users, history)
         return q @ self.item_vectors(items).T
 
@@ -171,7 +171,7 @@ class TwoTower(nn.Module):
           Vectors of length 1.
         """
         x = self.drop(self._flat(items), deterministic=not drop)
-        return _unit(self.item_out(self.item_hidden(x)))
+        return unit_vectors(self.item_out(self.item_hidden(x)))
 
     def query_vectors(
         self,
@@ -185,7 +185,7 @@ class TwoTower(nn.Module):
         x = mean_pool(known.reshape(*history.shape, -1), history > 0)
         if self.num_users:
             x = jnp.concatenate([x, self.users(jnp.asarray(users))], axis=-1)
-        return _unit(self.query_out(self.query_hidden(x)))
+        return unit_vectors(self.query_out(self.query_hidden(x)))
 
     def temperature(self) -> float | Float[Array, ""]:
         """That of the retrieval loss; a learned one starts at 0.1."""
@@ -322,7 +322,8 @@ def ssl_item_losses(
       key: of masks and dropped values; the retrieval loss has no part in it, but for
         feature dropout.
       axis_name: inside `jax.shard_map`, the axis over which batch and draws are split:
-        the items of all devices are negatives. Masks are the same if the key is.
+        the items of all devices are negatives, in spread-out those of its own. Masks
+        are the same on all devices if the key is.
 
     Returns:
       ``"retrieval"``, and ``"ssl"`` if the configuration has a second loss.
@@ -357,7 +358,8 @@ def ssl_item_losses(
             axis_name=axis_name,
         )
     elif config.regulariser == "spread_out":
-        found[SSL] = spread_out(apply(corpus, method="item_vectors"))
+        loss = spread_out(apply(corpus, method="item_vectors"))
+        found[SSL] = loss if axis_name is None else jax.lax.pmean(loss, axis_name)
     return found
 
 
@@ -390,9 +392,3 @@ def _hidden(model: TwoTower, items: Items, visible: Array, key: Array) -> Items:
         mask_numbers=config.mask_numbers,
         key=key,
     )
-
-
-def _unit(x: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
-    # Away from zero, where a length has no gradient.
-    square = jnp.sum(x**2, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

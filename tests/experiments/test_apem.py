@@ -19,11 +19,16 @@ def runs():
     return runs
 
 
-@pytest.mark.parametrize("name", experiment.Config().baselines)
+@pytest.mark.parametrize("name", ["shared bottom", "MMoE", "AITM"])
 def test_baselines_are_as_large_as_apem(name, runs):
     target = size_of(runs.apem(), runs.problem)
     found = size_of(runs.baseline(name), runs.problem)
     assert abs(found - target) < 0.05 * target
+
+
+def test_mmoe_in_its_usual_size(runs):
+    model = runs.baseline("MMoE, 8 x 16").body
+    assert (model.num_experts, model.widths) == (8, ((16,),))
 
 
 def test_ablations_are_models_of_their_own(runs):

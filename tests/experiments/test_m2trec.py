@@ -39,6 +39,7 @@ def drawn_sessions(*_, seed=0, **__):
     )
 
 
+@pytest.mark.slow
 def test_resumes_where_it_was_interrupted(tmp_path, monkeypatch, dies):
     monkeypatch.setattr(m2trec, "movielens_sequences", drawn_sessions)
     names = ("M2TRec", "M2TRec, item only", "ids")

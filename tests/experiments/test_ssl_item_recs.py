@@ -44,6 +44,7 @@ def drawn_log(*_, seed=0, **__):
     )
 
 
+@pytest.mark.slow
 def test_resumes_where_it_was_interrupted(tmp_path, monkeypatch, dies):
     monkeypatch.setattr(ssl_item_recs, "movielens_sequences", drawn_log)
     kept = {x: ssl_item_recs.METHODS[x] for x in (ssl_item_recs.PLAIN, "CFM")}

@@ -29,7 +29,7 @@ def features(**changes):
 @pytest.mark.parametrize("zero_missing", [False, True])
 def test_against_loops(key, zero_missing):
     model = features(zero_missing=zero_missing)
-    variables = model.init(key, ITEMS)
+    variables = jax.jit(model.init)(key, ITEMS)
     params = jax.tree.map(np.float64, variables["params"])
     table = params["embeddings"]["table_6"]
     first = {"brand": 0, "colour": 5, "name": 9}
@@ -57,7 +57,7 @@ def test_against_loops(key, zero_missing):
 
 def test_words_beyond_the_text_have_no_gradient(key):
     model = features()
-    variables = model.init(key, ITEMS)
+    variables = jax.jit(model.init)(key, ITEMS)
     items = jax.tree.map(lambda x: jnp.asarray(x[:1]), ITEMS)
     slopes = jax.grad(lambda v: model.apply(v, items).sum())(variables)["params"]
     table = np.asarray(slopes["embeddings"]["table_6"])
@@ -66,8 +66,21 @@ def test_words_beyond_the_text_have_no_gradient(key):
     np.testing.assert_array_equal(slopes["missing_tags"], 0)
 
 
+def test_numbers_are_multiples_of_a_vector(key):
+    model = ItemFeatures(SIZES, ("brand", "colour"), ("price", "age"), width=6)
+    items = {**ITEMS, "numeric": np.float32([[1, 0], [-2, 3], [0, 0]])}
+    variables = jax.jit(model.init)(key, items)
+    vectors = variables["params"]["embeddings"]["number_vectors"]
+    found = jax.jit(model.apply)(variables, items)
+    expected = np.einsum("nf,fk->nfk", items["numeric"], vectors)
+    np.testing.assert_allclose(found[:, 2:], expected, rtol=1e-6)
+    assert model.names == ("brand", "colour", "price", "age")
+
+
 def test_missing_features_are_an_error(key):
     with pytest.raises(ValueError, match=r"\['name'\] are missing in 'tokens'"):
-        features().init(key, {**ITEMS, "tokens": {}})
+        jax.eval_shape(features().init, key, {**ITEMS, "tokens": {}})
     with pytest.raises(ValueError, match="one column per field"):
-        features().init(key, {**ITEMS, "categorical": ITEMS["categorical"][:, :1]})
+        jax.eval_shape(
+            features().init, key, {**ITEMS, "categorical": ITEMS["categorical"][:, :1]}
+        )

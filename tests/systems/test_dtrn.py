@@ -322,7 +322,7 @@ def heads(tasks=TASKS):
     return {
         "towers": OwnTowers(tasks, (6,)),
         "MMoE": EachTask(tasks, MMoE(tasks, 4, ((5,),), (3,))),
-        "PLE": Extraction(tasks, widths=((5,),), tower=(3,)),
+        "PLE": Extraction(PLE(tasks, widths=((5,),), tower=(3,))),
         "PLE, each": EachTask(tasks, PLE(tasks, widths=((5,),), tower=(3,))),
     }
 
@@ -421,7 +421,7 @@ def test_under_ple_shared_experts_read_fields_and_mean_interests():
     flat = INPUTS.fields.reshape(B, -1), interests.mean(1).reshape(B, -1)
     expected = jnp.concatenate(flat, axis=-1)
     np.testing.assert_allclose(bottom.shared, expected, rtol=1e-4, atol=1e-5)
-    p, own, shared = plain.float64((params["head"], bottom.tasks, bottom.shared))
+    p, own, shared = plain.float64((params["head"]["ranker"], bottom.tasks, bottom.shared))
     level = p["level_0"]
     common = plain.experts(level["shared_experts"], shared)
     for i, task in enumerate(TASKS):
@@ -440,10 +440,11 @@ def test_where_all_read_the_same_heads_are_the_rankers_themselves():
     ple = PLE(TASKS, widths=((5,), (4,)), tower=(3,))
     params = start(ple, x)
     expected = jax.jit(lambda p: ple.apply({"params": p}, x))(params)
-    head = Extraction(TASKS, widths=((5,), (4,)), tower=(3,))
+    head = Extraction(PLE(TASKS, widths=((5,), (4,)), tower=(3,)))
     once = Bottom(x[:, None], x)
     for bottom in (same, once):
-        found = jax.jit(lambda p, b=bottom: head.apply({"params": p}, b))(params)
+        run = jax.jit(lambda p, b=bottom: head.apply({"params": {"ranker": p}}, b))
+        found = run(params)
         for task in TASKS:
             np.testing.assert_allclose(found[task], expected[task], rtol=1e-5)
     each = EachTask(TASKS, ple)
