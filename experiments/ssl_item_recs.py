@@ -84,7 +84,7 @@ class Config:
     few: float = 0.1  # share of pairs in the second comparison
     batch_size: int = 512  # pairs, and films of the second loss
     epochs: int = 8
-    epochs_few: int = 40
+    epochs_few: int = 16
     evaluations: int = 1  # per epoch
     learning_rate: float = 2e-3
     tail: int = 20  # most training pairs of a film of the tail

@@ -21,6 +21,7 @@ from mtjax.losses.sampled_softmax import (
     log_frequencies,
     sampled_softmax_loss,
 )
+from mtjax.losses.unit_vectors import unit_vectors
 
 __all__ = [
     "EntireSpaceLosses",
@@ -42,4 +43,5 @@ __all__ = [
     "product_of_chances",
     "sampled_softmax_loss",
     "summed_entropies",
+    "unit_vectors",
 ]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from mtjax.losses.unit_vectors import unit_vectors
+
 PositiveReduction = Literal["mean", "sum_inside_log"]
 
 
@@ -115,15 +117,9 @@ def in_batch_contrastive_loss(
     """
     others = [] if negatives is None else [negatives]
     candidates = jnp.concatenate([positives, *others])
-    similar = _unit(queries) @ _unit(candidates).T
+    similar = unit_vectors(queries) @ unit_vectors(candidates).T
     counts = ~jnp.eye(*similar.shape, dtype=bool)
     if mask is not None:
         counts = counts & mask
     own = jnp.diagonal(similar)[:, None]
     return contrastive_loss(own, similar, mask=counts, temperature=temperature)
-
-
-def _unit(x: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
-    # Away from zero, where a length has no gradient.
-    square = jnp.sum(x**2, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -27,10 +27,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mtjax.losses.masked import masked_mean
 from mtjax.losses.sampled_softmax import sampled_softmax_loss
+from mtjax.losses.unit_vectors import unit_vectors
 from mtjax.nn.fields import FIRST_KNOWN
 from mtjax.nn.item_features import ItemFeatures, Items, take_items
 from mtjax.nn.sequence_encoder import SequenceEncoder
-from mtjax.nn.unit_vectors import unit_vectors
 
 ITEM = "item"
 History = Int[Array | np.ndarray, "batch length"]

@@ -27,11 +27,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from mtjax.losses.sampled_softmax import in_batch_softmax_loss
+from mtjax.losses.unit_vectors import unit_vectors
 from mtjax.nn.feature_masks import Masking, augmented, draw_masks
 from mtjax.nn.item_features import ItemFeatures, Items, take_items
 from mtjax.nn.mlp import MLP
 from mtjax.nn.pooling import mean_pool
-from mtjax.nn.unit_vectors import unit_vectors
 
 RETRIEVAL, SSL = "retrieval", "ssl"
 Regulariser = Literal["ssl", "feature_dropout", "spread_out", "none"]

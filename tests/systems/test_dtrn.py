@@ -421,7 +421,9 @@ def test_under_ple_shared_experts_read_fields_and_mean_interests():
     flat = INPUTS.fields.reshape(B, -1), interests.mean(1).reshape(B, -1)
     expected = jnp.concatenate(flat, axis=-1)
     np.testing.assert_allclose(bottom.shared, expected, rtol=1e-4, atol=1e-5)
-    p, own, shared = plain.float64((params["head"]["ranker"], bottom.tasks, bottom.shared))
+    p, own, shared = plain.float64(
+        (params["head"]["ranker"], bottom.tasks, bottom.shared)
+    )
     level = p["level_0"]
     common = plain.experts(level["shared_experts"], shared)
     for i, task in enumerate(TASKS):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtjax.nn.unit_vectors import unit_vectors
+from mtjax.losses.unit_vectors import unit_vectors
 
 
 def test_values_and_slopes():
