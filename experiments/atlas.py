@@ -6,8 +6,7 @@ forget one task. See also `atlas_few_shot.py`, and `atlas_test_time.py` without 
 
 Command:  python experiments/atlas.py paper --config.bench.data-dir DATA
 Machine:  two CPU cores.    Minutes: 10 per seed, and 20 for the models.
-Expect:   of the individual accuracy aTLAS keeps 92.6 %, with four partitions 93.2,
-          tuned TA 90.6; a forgotten task falls from 71 to 41 %, with TA to 45.
+Expect:   aTLAS keeps 92.6 % of accuracy, TA 90.6; forgetting: 71 to 41 %, TA to 45.
 """
 
 from dataclasses import dataclass, field

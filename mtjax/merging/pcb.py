@@ -9,6 +9,9 @@ from mtjax.merging.task_arithmetic import scale as scaled
 _TAIL = 1e-4  # magnitudes are clamped at this fraction of both tails
 
 
+_ROUNDING = 1e-6  # of a share
+
+
 def pcb(density: float = 0.1, scale: float = 1.2) -> Merger:
     r"""Weighs elements of task vectors by their importance to their and other tasks.
 
@@ -45,8 +48,11 @@ def pcb(density: float = 0.1, scale: float = 1.2) -> Merger:
     def apply(leaf: Leaf, *known):
         low, high = (per_model(known[i], leaf.vectors) for i in (5, 7))
         shares = _to_unit(jnp.maximum(score(leaf, *known), low), low, high)
-        total = jnp.maximum(add_up(shares), 1e-12)
-        return add_up(shares * leaf.vectors) / total
+        # A score at the threshold, computed twice, may be off it by rounding: without
+        # the limit its vector would count in full and not at all.
+        total = add_up(shares)
+        merged = add_up(shares * leaf.vectors) / jnp.maximum(total, _ROUNDING)
+        return jnp.where(total > _ROUNDING, merged, 0)
 
     bounds = [threshold(_size, fraction) for fraction in (1 - _TAIL, _TAIL)]
     scores = [threshold(score, fraction) for fraction in (density, 0.0)]

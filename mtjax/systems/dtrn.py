@@ -1,4 +1,4 @@
-r"""DTRN: a bottom representation of its own for every task.
+r"""DTRN: every task gets its own bottom representation.
 
 Deep Task-specific Bottom Representation Network for Multi-Task Recommendation, 2023.
 Tasks disagree about what to read from a user's history. One transformer reads all

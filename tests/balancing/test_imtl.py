@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,9 +55,7 @@ def test_is_the_chain_of_its_parts():
     states = [whole.init(params), chain.init(params)]
     for _ in range(2):
         (mine, theirs), states = both(states)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), mine, theirs
-        )
+        chex.assert_trees_all_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_needs_losses():

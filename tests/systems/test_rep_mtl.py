@@ -356,15 +356,15 @@ def test_entropy_falls_and_alignment_rises_when_trained(params, batch):
         tx = optax.chain(mtjax.equal(), optax.adam(1e-2))
         step = make_train_step(pair, tx, has_aux=True)
         state = TrainState.create(params, tx, key=jax.random.key(0))
-        for _ in range(100):
+        for _ in range(20):  # later the losses are near 0 and gradients are noise
             state, _ = step(state, batch)
         z = encode(state.params, batch)
         s = representation_saliency(lambda z: heads(state.params, z, batch), z)
         return float(tsr_loss(s)), float(csa_loss(s))
 
     plain_tsr, plain_csa = train(OFF)
-    assert train(RepMTLConfig(1.0, 0.0))[0] < plain_tsr - 0.05
-    assert train(RepMTLConfig(0.0, 1.0))[1] < plain_csa - 0.05
+    assert train(RepMTLConfig(1.0, 0.0))[0] < plain_tsr - 0.1
+    assert train(RepMTLConfig(0.0, 1.0))[1] < plain_csa - 1.0
 
 
 def test_inputs_per_task(params, batch):
