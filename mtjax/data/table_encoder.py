@@ -83,7 +83,7 @@ class TableEncoder:
 
 
 def fit_table_encoder(
-    chunks: Iterable[Mapping[str, Column]],
+    chunks: Iterable[Mapping[str, Shaped[np.ndarray, " _"]]],
     *,
     fields: Sequence[str],
     numbers: Sequence[str] = (),
