@@ -26,6 +26,7 @@ import tyro
 from rich.progress import track
 
 import mtjax
+from experiments.kept import kept
 from mtjax import training
 from mtjax.analysis import task_sharpness
 from mtjax.analysis.plots import plot_groups
@@ -90,12 +91,10 @@ def main(config: Config, out: Path) -> list[dict[str, Any]]:
         train = bench.trainer(*method)
         for name, seed in itertools.product(config.data, range(config.seeds)):
             folder = out / name / "_".join([*method, str(seed)])
-            path = folder / "results.json"
-            if not path.exists():
-                found = train(pictures[name], seed, folder / "run")
-                write_atomically(path, json.dumps(found))
+            trained = functools.partial(train, pictures[name], seed, folder / "run")
+            found = kept(folder / "results.json", trained)
             labels = dict(zip(("data", "aggregator", "variant"), (name, *method)))
-            rows.append({**labels, "seed": seed, **json.loads(path.read_text())})
+            rows.append({**labels, "seed": seed, **found})
     write_atomically(out / "results.json", json.dumps(rows, indent=1))
     write_atomically(out / "tables.md", "\n".join(table(rows, d) for d in config.data))
     panels = {

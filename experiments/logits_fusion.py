@@ -9,10 +9,10 @@ Machine:  two CPU cores.    Minutes: not known yet.
 Expect:   not measured yet; a pilot is on the page of the documentation.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments import logits_fusion_models as texts
+from experiments.kept import kept
 from experiments.logits_fusion_models import TASKS, Examples
 from experiments.merge_bench_seeds import table
 from mtjax import merging
@@ -29,7 +30,6 @@ from mtjax.analysis.plots import method_colors
 from mtjax.nn import decoding
 from mtjax.nn.decoding import CachedModel
 from mtjax.systems.logits_fusion import DynamicFusion, StaticFusion, routing
-from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
 
 STATIC = (0.5, 1.0, 1.5)
@@ -219,11 +219,9 @@ def main(config: Config, out: Path) -> list[dict[str, Any]]:
     open_run_folder(out, config)
     results = []
     for seed in range(config.seeds):
-        path = out / f"seed_{seed}.json"
-        if not path.exists():
-            models = texts.prepare(config.models, seed, out / f"models_{seed}")
-            write_atomically(path, json.dumps(run(models, config)))
-        results.append(json.loads(path.read_text()))
+        prepare = partial(texts.prepare, config.models, seed, out / f"models_{seed}")
+        measure = lambda prepare=prepare: run(prepare(), config)
+        results.append(kept(out / f"seed_{seed}.json", measure))
     titles = {
         "single": "The expert of the task is known; exact match, %:",
         "mixed": "The task is not known; exact match, %:",

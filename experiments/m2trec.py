@@ -26,7 +26,6 @@ from experiments.retrieval_training import (
     Results,
     fit,
     item_rows,
-    num_parameters,
     plot_retrieval,
     popularity_ranks,
     shortened,
@@ -178,7 +177,7 @@ def train(config: Config, seed: int, name: str) -> dict[str, Any]:
     return {
         "metrics": slice_metrics(found, slices(problem), config.ks),
         "levels": label_accuracy(fitted.params),
-        "parameters": num_parameters(fitted.params),
+        "parameters": optax.tree.size(fitted.params),
         "curve": fitted.curve,
         "losses": fitted.losses,
     }

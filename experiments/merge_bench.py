@@ -29,6 +29,7 @@ import tyro
 from rich.progress import track
 
 from experiments import merge_bench_report as report
+from experiments.kept import kept
 from experiments.merge_bench_models import QUICK, Bench, Config, Params, prepare
 from mtjax import merging
 from mtjax.merging import Merger, chain, task_arithmetic
@@ -103,11 +104,12 @@ def main(
         cosines.append(cosine_matrix(bench))
         for method in track((*report.REFERENCES, *methods), f"seed {seed}"):
             path = out / f"seed_{seed}" / f"{method}.json"
-            if again or not path.exists():
-                counts = [*(range(2, total) if method in OVER_TASKS else ()), total]
-                found = [measure(bench, method, bench.tasks[:n]) for n in counts]
-                write_atomically(path, json.dumps(found))
-            rows += [{"seed": seed, **row} for row in json.loads(path.read_text())]
+            counts = [*(range(2, total) if method in OVER_TASKS else ()), total]
+            measured = lambda bench=bench, method=method, counts=counts: [
+                measure(bench, method, bench.tasks[:n]) for n in counts
+            ]
+            found = kept(path, measured, again=again)
+            rows += [{"seed": seed, **row} for row in found]
     matrix = np.mean(cosines, axis=0)
     summary = {"rows": rows, "tasks": config.tasks, "cosines": matrix.tolist()}
     write_atomically(out / "results.json", json.dumps(summary, indent=1))

@@ -4,14 +4,13 @@ What is measured on the models of a seed stays in the run folder, so that a seco
 measures only what is missing.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments import merge_bench_models as merge_bench
+from experiments.kept import kept
 from mtjax.training import seed_table
-from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
 
 Results = list[dict[str, Any]]  # one per seed
@@ -42,13 +41,6 @@ def per_seed(
         measure = lambda seed=seed, bench=bench: run(bench(), config, seed)
         results.append(kept(out / f"seed_{seed}.json", measure))
     return results
-
-
-def kept(path: Path, measure: Callable[[], Any]) -> Any:
-    """What a file holds; if there is none, what is measured, which is then written."""
-    if not path.exists():
-        write_atomically(path, json.dumps(measure()))
-    return json.loads(path.read_text())
 
 
 def table(results: Results, part: str) -> str:

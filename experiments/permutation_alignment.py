@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 import mtjax
+from experiments.kept import kept
 from mtjax import training
 from mtjax.analysis.plots import method_colors
 from mtjax.data import mnist_subset
@@ -97,11 +98,9 @@ def main(config: Config, out: Path) -> list[dict[str, Any]]:
     runs = itertools.product(config.networks, range(config.seeds))
     for network, seed in track([*runs], "pairs"):
         folder = out / network.replace(", ", "_").replace(" ", "_") / str(seed)
-        path = folder / "results.json"
-        if not path.exists():
-            found = pair(NETWORKS[network], data, config, seed, folder)
-            write_atomically(path, json.dumps(found))
-        rows.append({"network": network, "seed": seed, **json.loads(path.read_text())})
+        aligned = partial(pair, NETWORKS[network], data, config, seed, folder)
+        found = kept(folder / "results.json", aligned)
+        rows.append({"network": network, "seed": seed, **found})
     write_atomically(out / "results.json", json.dumps(rows, indent=1))
     write_atomically(out / "table.md", table(rows))
     plot(rows).savefig(out / "permutation_alignment.png", dpi=110)

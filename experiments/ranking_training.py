@@ -4,7 +4,6 @@ A ranker here is a Linen module from a batch (the arrays of a `RankingProblem`'s
 to a logit per task and example; `Embedded` makes one of a module that takes vectors.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from flax.core import FrozenDict
 from rich.progress import Progress
 
 import mtjax
+from experiments.kept import kept
 from mtjax.data.ranking import RankingProblem, ranking_problem
 from mtjax.losses.binary import binary_losses
 from mtjax.nn.fields import FieldEmbeddings
 from mtjax.nn.task_leaves import is_shared
 from mtjax.training.click_metrics import click_metrics
-from mtjax.training.commit import write_atomically
 from mtjax.training.run_config import open_run_folder
 
 Logits = dict[str, jax.Array]
@@ -282,11 +281,8 @@ def per_method(
             title = f"{prefix} {name}, seed {seed}".strip()
             progress.update(bar, description=title)
             path = out / "results" / f"{title.replace('/', '-')}.json"
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
-                write_atomically(path, json.dumps(methods[name](seed)))
-                jax.clear_caches()  # memory maps of programs are limited
-            results[name].append(json.loads(path.read_text()))
+            results[name].append(kept(path, partial(methods[name], seed)))
+            jax.clear_caches()  # memory maps of programs are limited
             progress.advance(bar)
     return results
 

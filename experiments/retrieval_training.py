@@ -223,8 +223,3 @@ def liked(
         flags[splits[name]["user"], splits[name]["target"]] = True
     flags[0] = False
     return flags[rows["user"]]
-
-
-def num_parameters(params: Any) -> int:
-    """How many numbers are trained."""
-    return sum(x.size for x in jax.tree.leaves(params))

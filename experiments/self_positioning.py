@@ -24,7 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 from rich.progress import Progress, track
 
-from experiments.merge_bench_seeds import kept
+from experiments.kept import kept
 from experiments.self_positioning_baselines import (
     more,
     number_of,

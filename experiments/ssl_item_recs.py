@@ -29,7 +29,6 @@ from experiments.retrieval_training import (
     fit,
     item_rows,
     liked,
-    num_parameters,
     pairs_of_users,
     plot_retrieval,
     popularity_ranks,
@@ -197,7 +196,7 @@ def train(
         "metrics": slice_metrics(found, slices(problem, config), config.ks),
         "views": near,
         "validation": max(value for _, value in fitted.curve),
-        "parameters": num_parameters(fitted.params),
+        "parameters": optax.tree.size(fitted.params),
         "curve": fitted.curve,
         "losses": fitted.losses,
     }

@@ -18,6 +18,7 @@ Expect:   fully fine-tuned, the average keeps 94 % of the individual accuracy, t
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import tyro
 from rich.progress import track
 
 from experiments import merge_bench_report as report
+from experiments.kept import kept
 from experiments.merge_bench import METHODS, UNTUNED, cosine_matrix, measure
 from experiments.text_merge_bench_models import KINDS, QUICK, Config, prepare
 from experiments.text_merge_bench_training import Kind
@@ -84,10 +86,8 @@ def merged(
         cosines.append(cosine_matrix(bench))
         for method in track((*report.REFERENCES, *methods), f"{kind}, seed {seed}"):
             path = out / f"seed_{seed}" / kind / f"{method}.json"
-            if again or not path.exists():
-                row = measure(bench, method, bench.tasks)
-                write_atomically(path, json.dumps(row))
-            rows.append({"seed": seed, **json.loads(path.read_text())})
+            one = partial(measure, bench, method, bench.tasks)
+            rows.append({"seed": seed, **kept(path, one, again=again)})
     return {"rows": rows, "cosines": np.mean(cosines, axis=0).tolist()}
 
 

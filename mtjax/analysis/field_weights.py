@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from mtjax.analysis.sown import mean_of_sown
+
 
 def field_weights(
     model: Any, variables: Mapping[str, Any], batches: Iterable[Any]
@@ -33,30 +35,21 @@ def field_weights(
       >>> field_weights(model, variables, [fields[:4], fields[4:]])
       {'': array([1., 1., 1.])}
     """
-    variables = {k: v for k, v in variables.items() if k != "intermediates"}
 
-    @jax.jit
-    def sums(batch):
-        _, state = model.apply(variables, batch, mutable=["intermediates"])
+    def sums(sown):
         found = {}
-        for path, weights in jax.tree_util.tree_leaves_with_path(state):
+        for path, weights in jax.tree_util.tree_leaves_with_path(sown):
             names = [jax.tree_util.keystr((key,), simple=True) for key in path]
             if "field_weights" in names:
                 # A module that is called twice sows twice: the last one stays.
-                found["/".join(names[1 : names.index("field_weights")])] = weights
+                found["/".join(names[: names.index("field_weights")])] = weights
         totals = {path: jnp.sum(w, axis=0) for path, w in found.items()}
         return totals, max(map(len, found.values()), default=0)
 
-    totals: dict[str, Any] = {}
-    count = 0
-    for batch in batches:
-        found, size = sums(batch)
-        count += int(size)
-        for k, v in found.items():
-            totals[k] = totals.get(k, 0.0) + np.asarray(v, np.float64)
-    if not totals:
+    means = mean_of_sown(model, variables, batches, sums)
+    if not means:
         raise ValueError(
             "`batches` must hold an example and `model` must weigh fields, got none; "
             "`mtjax.nn.senet.SENet` sows what is read here."
         )
-    return {path: v / count for path, v in totals.items()}
+    return means

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+
+from mtjax.analysis.sown import mean_of_sown
 
 
 class ExpertUtilisation(NamedTuple):
@@ -48,6 +49,7 @@ def expert_utilisation(
       ValueError: if there is no batch, or the model has neither gates nor experts.
 
     Example:
+      >>> import jax
       >>> from mtjax.nn import MMoE
       >>> model = MMoE(tasks=("click", "like"), num_experts=4)
       >>> x = jax.random.normal(jax.random.key(0), (32, 6))
@@ -56,14 +58,10 @@ def expert_utilisation(
       >>> print({k: w.shape for k, w in use.weights.items()}, list(use.zero_rate))
       {'task_gates': (2, 4)} ['experts_0']
     """
-    variables = {k: v for k, v in variables.items() if k != "intermediates"}
 
-    @jax.jit
-    def sums(batch):
-        """Sums over a batch, and how many examples it has."""
-        _, state = model.apply(variables, batch, mutable=["intermediates"])
+    def sums(sown):
         found, size = {}, 0
-        for path, kind, array in _sown(state.get("intermediates", {})):
+        for path, kind, array in _sown(sown):
             size = len(array)
             x = array.astype(jnp.float32)
             if kind == "gates":
@@ -78,19 +76,12 @@ def expert_utilisation(
                 found |= {(path, k): jnp.sum(v, axis=0) for k, v in parts.items()}
         return found, size
 
-    totals: dict[tuple[str, str], Any] = {}
-    count = 0
-    for batch in batches:
-        found, size = sums(batch)
-        count += int(size)
-        for k, v in found.items():
-            totals[k] = totals.get(k, 0.0) + np.asarray(v, np.float64)
-    if not totals:
+    means = mean_of_sown(model, variables, batches, sums)
+    if not means:
         raise ValueError(
             "`batches` must hold an example and `model` must have gates or experts, "
             "got none; `mtjax.nn.Gate` and `mtjax.nn.Experts` sow what is read here."
         )
-    means = {k: v / count for k, v in totals.items()}
     of = lambda name: {path: v for (path, n), v in means.items() if n == name}
     mean, square = of("mean"), of("square")
     variance = {k: np.maximum(square[k] - mean[k] ** 2, 0.0) for k in mean}

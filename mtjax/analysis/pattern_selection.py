@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from mtjax.analysis.sown import mean_of_sown
+
 
 class PatternSelection(NamedTuple):
     """What tasks pick, on average over examples.
@@ -52,13 +54,10 @@ def pattern_selection(
       >>> found.weights.shape, found.fields.shape, found.apart.shape
       ((2, 4), (2, 2, 5), (2, 2))
     """
-    variables = {k: v for k, v in variables.items() if k != "intermediates"}
 
-    @jax.jit
-    def sums(batch):
-        _, state = model.apply(variables, batch, mutable=["intermediates"])
+    def sums(sown):
         found = {}
-        for path, x in jax.tree_util.tree_leaves_with_path(state):
+        for path, x in jax.tree_util.tree_leaves_with_path(sown):
             names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
             found["/".join(names[-3:-1])] = x  # of a module called twice, the last
         reads = []
@@ -75,14 +74,10 @@ def pattern_selection(
         fields = jnp.einsum("btlg,blgf->ltf", shares, attention)
         gaps = jnp.abs(alpha[:, :, None] - alpha[:, None])
         apart = jnp.sum(jnp.sum(gaps, axis=-1) / 2, axis=0)
-        return len(alpha), [jnp.sum(alpha, axis=0), fields, apart]
+        weights = jnp.sum(alpha, axis=0)
+        return {"weights": weights, "fields": fields, "apart": apart}, len(alpha)
 
-    total, count = [], 0
-    for batch in batches:
-        size, found = sums(batch)
-        count += int(size)
-        found = [np.asarray(x, np.float64) for x in found]
-        total = [a + b for a, b in zip(total, found)] if total else found
-    if not total:
+    means = mean_of_sown(model, variables, batches, sums)
+    if not means:
         raise ValueError("`batches` must hold an example, got none.")
-    return PatternSelection(*(x / count for x in total))
+    return PatternSelection(**means)
