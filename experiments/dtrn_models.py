@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"DTRN, {name}": (name, {}) for name in HEADS},
     "without TIM": (BASE, {"conditioning": "none"}),
     "without TRM": (BASE, {"refinement": False}),
+    "TRM without a bottleneck": (BASE, {"reduction": 1}),
     "one norm for all": (BASE, {"conditioning": "shared"}),
     "one norm, without TRM": (BASE, {"conditioning": "shared", "refinement": False}),
     "separate transformers": (BASE, {"conditioning": "separate"}),

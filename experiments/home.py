@@ -70,7 +70,7 @@ class Config:
 
 QUICK = Config(
     made_up=True,
-    baselines=("MMoE*", "CGC"),
+    baselines=("MMoE*", "PLE"),
     ablations=("no self-gate",),
     learning_rates=(1e-2,),
     watched=("HoME",),
@@ -118,7 +118,10 @@ class Runs:
         """Numbers about the experts, of all levels and of those that tasks weigh."""
         short = lambda d: {path.removeprefix("body/"): x for path, x in d.items()}
         rates, variances = short(use.zero_rate), short(use.variance)
-        (gates,) = (w for k, w in use.weights.items() if k.endswith("task_gates"))
+        # Of PLE's levels the last one is what towers read.
+        gates = [w for k, w in sorted(use.weights.items()) if k.endswith("task_gates")][
+            -1
+        ]
         # Experts that a single gate may use; masked weights are exactly 0.
         own = (gates > 0) & ((gates > 0).sum(0) == 1)[None]
         zeros = np.concatenate(

@@ -147,9 +147,12 @@ def fit(
             f"`batch_size` must be at most the {examples} training examples, got {size}"
         )
     key = jax.random.key(seed)
+    # A rate in the state is no constant of the program: JAX's cache on disk, if it is
+    # on, compiles once for all rates.
+    adamw = optax.inject_hyperparams(optax.adamw, static_args="weight_decay")
     tx = optax.chain(
         balancer or mtjax.equal(),
-        optax.adamw(training.learning_rate, weight_decay=training.weight_decay),
+        adamw(training.learning_rate, weight_decay=training.weight_decay),
     )
 
     @jax.jit

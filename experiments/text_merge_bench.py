@@ -18,7 +18,7 @@ Expect:   fully fine-tuned, the average keeps 94 % of the individual accuracy, t
 
 import json
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,15 @@ def merged(
     """The `rows` of all seeds and methods, and the mean `cosines` of task vectors."""
     rows, cosines = [], []
     for seed in range(config.seeds):
-        bench = prepare(config, kind, seed, out)
-        cosines.append(cosine_matrix(bench))
+        folder = out / f"seed_{seed}" / kind
+        bench = lru_cache(partial(prepare, config, kind, seed, out))  # if needed
+        matrix = lambda bench=bench: cosine_matrix(bench()).tolist()
+        cosines.append(kept(folder / "cosines.json", matrix))
         for method in track((*report.REFERENCES, *methods), f"{kind}, seed {seed}"):
-            path = out / f"seed_{seed}" / kind / f"{method}.json"
-            one = partial(measure, bench, method, bench.tasks)
+            one = lambda bench=bench, method=method: measure(
+                bench(), method, config.tasks
+            )
+            path = folder / f"{method}.json"
             rows.append({"seed": seed, **kept(path, one, again=again)})
     return {"rows": rows, "cosines": np.mean(cosines, axis=0).tolist()}
 
