@@ -6,9 +6,11 @@ units, and after aligning only those inside MLPs; the middle is what averaging g
 
 Command:  python experiments/permutation_alignment.py paper
           (`quick` takes seconds; no data folder is needed)
-Machine:  two CPU cores.    Minutes: 20 for all but the ViT, on a busy machine.
+Machine:  two CPU cores.    Minutes: 20 for all but the ViT, on a busy machine; that
+          takes 4 on a GPU.
 Expect:   1 to 2 % of the wall in test loss are left for the widest MLP and LeNet, a
-          tenth to a quarter for the others: docs/studies/permutation_alignment.md.
+          tenth to a quarter for the others, all of it for the ViT:
+          docs/studies/permutation_alignment.md.
 """
 
 import itertools
