@@ -5,8 +5,9 @@ decades alone. Beside it: the same without the category tasks, a twin of ids, on
 and metadata, a linear output, and popularity; a tenth of the films is held out.
 
 Command:  python experiments/m2trec.py paper --config.data-dir DATA
-Machine:  two CPU cores.    Minutes: 40 (estimated).
-Expect:   not measured yet.
+Machine:  one GPU.    Minutes: 15; on two CPU cores about 60 (estimated).
+Expect:   Recall@20 of 1.5 % on cold films, where ids have 0; on the head ids are ahead,
+          12 to 8 %; category tasks are learnt, and do not help the items here.
 """
 
 from dataclasses import dataclass, field, replace

@@ -7,8 +7,9 @@ of the log; feature dropout and spread-out; some also with a tenth of the pairs.
 of the films is held out.
 
 Command:  python experiments/ssl_item_recs.py paper --config.data-dir DATA
-Machine:  two CPU cores.    Minutes: 40 (estimated).
-Expect:   not measured yet.
+Machine:  one GPU.    Minutes: 20; on two CPU cores about 60 (estimated).
+Expect:   CFM gains 2 points of Recall@50 on cold films, loses 1 to 2 on films with few
+          pairs; two views of a film come together, different films apart.
 """
 
 from dataclasses import dataclass, field, replace
