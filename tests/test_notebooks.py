@@ -82,6 +82,19 @@ assert mean["EMR"] > mean["TSV-M"] + 0.03
 assert entropy[-20:].mean() < entropy[:20].mean()
 assert mean["AdaMerging"] < mean["TSV-M"]
 """,
+    "multi_task_ranking": """
+auc = {n: {t: m["roc_auc"] for t, m in row.items()} for n, row in table.items()}
+for row in auc.values():
+    for task in ("click", "buy"):
+        assert ideal[task]["roc_auc"] - 0.03 < row[task] < ideal[task]["roc_auc"] + 0.01
+assert auc["shared bottom"]["return"] > auc["PLE"]["return"] + 0.01
+own = panels["PLE"]
+assert own.shape == (3, 8) and (own[0, 2:6] == 0).all() and (own[:, 6:] > 0).all()
+assert cosines("shared bottom")[1][0, 2] > 0.2
+wrong = {way: np.mean(pairs, axis=0) for way, pairs in errors.items()}
+assert (wrong["entire space"] < wrong["after clicks"] - 0.003).all()
+assert all(x.shape == (100,) for x in alone)
+""",
 }
 
 

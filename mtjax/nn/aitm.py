@@ -63,7 +63,8 @@ class AITM(nn.Module):
       bottom: widths of every task's bottom; the last is that of the transfer.
       tower: widths of the towers' hidden layers.
       dropout: rate in bottoms and towers, in [0, 1); needs `rngs={"dropout": key}` in
-        training.
+        training. The authors' code has another one for every layer:
+      bottom_dropout: one rate for each layer of a bottom, in place of `dropout`.
 
     Raises:
       ValueError: if tasks or layers are missing.
@@ -84,6 +85,7 @@ class AITM(nn.Module):
     bottom: tuple[int, ...] = (128, 64, 32)
     tower: tuple[int, ...] = ()
     dropout: float = 0.0
+    bottom_dropout: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(
@@ -94,12 +96,13 @@ class AITM(nn.Module):
         if not self.bottom:
             raise ValueError("`bottom` must name at least one layer, got ().")
         width, before, q = self.bottom[-1], None, []
+        rates = self.dropout if self.bottom_dropout is None else self.bottom_dropout
         for task in self.tasks:
             prefix = "task_" if task == self.tasks[-1] else ""
             bottom = Experts(
                 1,
                 self.bottom,
-                dropout=self.dropout,
+                dropout=rates,
                 observed=False,
                 name=f"{prefix}bottom_{task}",
             )

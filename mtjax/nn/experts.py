@@ -22,14 +22,14 @@ class Experts(nn.Module):
       activation: after every layer.
       activate_output: False leaves the last layer linear, for a norm or an activation
         of your own behind it.
-      dropout: rate after every activation, in [0, 1); needs `rngs={"dropout": key}`
-        in training.
+      dropout: rate after every activation, in [0, 1), or one rate per layer; needs
+        `rngs={"dropout": key}` in training.
       observed: whether outputs are sown, as `"experts"` in the collection
         `"intermediates"`, where `mtjax.analysis.expert_utilisation` finds them.
 
     Raises:
-      ValueError: if there is no expert or no layer, or inputs are of another number of
-        experts.
+      ValueError: if there is no expert or no layer, rates are not one per layer, or
+        inputs are of another number of experts.
 
     Example:
       >>> import jax
@@ -44,7 +44,7 @@ class Experts(nn.Module):
     widths: tuple[int, ...] = (16,)
     activation: Callable[[Array], Array] = nn.relu
     activate_output: bool = True
-    dropout: float = 0.0
+    dropout: float | tuple[float, ...] = 0.0
     observed: bool = True
 
     @nn.compact
@@ -76,7 +76,15 @@ class Experts(nn.Module):
                 f"{self.num_experts}, got {x.shape[1]}; give a matrix (batch, "
                 "features) to let all experts read the same."
             )
-        for i, width in enumerate(self.widths):
+        rates = self.dropout
+        if not isinstance(rates, tuple):
+            rates = (rates,) * len(self.widths)
+        if len(rates) != len(self.widths):
+            raise ValueError(
+                f"`dropout` must be one rate, or one for each of {len(self.widths)} "
+                f"`widths`, got {rates!r}."
+            )
+        for i, (width, rate) in enumerate(zip(self.widths, rates)):
             shape = (self.num_experts, x.shape[-1], width)
             kernel = self.param(f"kernel_{i}", kernel_init, shape)
             bias = self.param(f"bias_{i}", nn.initializers.zeros, shape[::2])
@@ -84,7 +92,7 @@ class Experts(nn.Module):
             x = jnp.einsum(terms, x, kernel) + bias[None]
             if i < len(self.widths) - 1 or self.activate_output:
                 x = self.activation(x)
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+                x = nn.Dropout(rate, deterministic=not train)(x)
         if self.observed:
             self.sow("intermediates", "experts", x)
         return x

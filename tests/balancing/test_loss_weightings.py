@@ -20,6 +20,12 @@ def test_equal_is_the_sum_and_the_mean():
 def test_constant_takes_weights_by_name_or_in_order():
     update = weights_of(mtjax.constant({"c": 3.0, "a": 1.0, "b": 2.0}))
     np.testing.assert_allclose(update(LOSSES, optax.EmptyState())[0], [1.0, 2.0, 3.0])
+    scheduled = {"c": optax.linear_schedule(1.0, 0.0, 2), "a": 1.0, "b": 2.0}
+    update = weights_of(mtjax.constant(scheduled))
+    state = mtjax.constant(scheduled).init(None)
+    for last in (1.0, 0.5, 0.0, 0.0):
+        weights, state = update(LOSSES, state)
+        np.testing.assert_allclose(weights, [1.0, 2.0, last])
     update = weights_of(mtjax.constant([1.0, 0.0, 3.0]))
     np.testing.assert_allclose(update(LOSSES, optax.EmptyState())[0], [1.0, 0.0, 3.0])
 

@@ -320,6 +320,7 @@ def test_a_missing_task_or_expert_is_named():
         (AdaTT(tasks=TASKS, own=0), "`own` must be at least 1"),
         (SNR(tasks=TASKS, num_experts=0), "`num_experts` must be at least 1"),
         (SNR(tasks=TASKS, widths=()), "`widths` must describe"),
+        (AITM(tasks=TASKS, bottom_dropout=(0.1,)), "`dropout` must be one rate"),
         (CrossStitch(tasks=TASKS, widths=()), "`widths` must name"),
         (AITM(tasks=TASKS, bottom=()), "`bottom` must name"),
         (ESMM(tasks=TASKS), "`tasks` must be two"),
