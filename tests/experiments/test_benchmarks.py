@@ -77,3 +77,15 @@ def test_merge_throughput():
         "dare_ties",
     ]
     assert all(float(cell) > 0 for row in table for cell in row[2:])
+
+
+@pytest.mark.slow
+def test_ranking_throughput():
+    output = output_of("ranking_throughput", "quick")
+    assert "torch-rechub is left out: no `--rechub-python`" in output
+    found = rows(output)
+    assert [row[:4] for row in found] == [
+        ["MMoE", "4", "16", "256"],
+        ["PLE", "4", "16", "256"],
+    ]
+    assert all(float(cell.replace(",", "")) > 0 for row in found for cell in row[5:])
