@@ -68,8 +68,11 @@ class Config:
     )
     units: int = 32  # n of the rankers on DTRN; those without it get more
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
-    training: Training = field(default_factory=lambda: Training(epochs=5, patience=1))
-    seeds: int = 5
+    # More than two epochs only learn the training users by heart.
+    training: Training = field(
+        default_factory=lambda: Training(epochs=2, batch_size=256, patience=1)
+    )
+    seeds: int = 3
 
 
 QUICK = Config(
