@@ -25,7 +25,10 @@ _GROUPS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "chain": (
         ("labour_force", "full_year", "income_full_year"),
-        (_WEEKS, "full or part time employment stat", "reason for unemployment"),
+        (
+            *(_WEEKS, "full or part time employment stat", "reason for unemployment"),
+            "num persons worked for employer",  # 0 for all who did not work, and only
+        ),
     ),
 }
 _DEGREES = ("Associates", "Bachelors", "Masters", "Prof", "Doctorate")
@@ -48,7 +51,8 @@ def census_ranking(
     ``home``      income; 50 weeks worked; never married;  and weeks worked
                   degree
     ``chain``     in the labour force; and 50 weeks        weeks worked, employment
-                  worked; and income above 50,000          status, unemployment reason
+                  worked; and income above 50,000          status, unemployment reason,
+                                                           employer's size
     ============= ======================================== =============================
 
     The survey weight and the income are never inputs. A degree is an associate's,
