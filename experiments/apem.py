@@ -1,13 +1,13 @@
 """APEM on a chain of three steps of the census: do steps pick different patterns?
 
-In the labour force, and the full year, and with more than 50,000 dollars of income.
-APEM, rankers of the same number of parameters and with a learning rate tuned likewise
-(MMoE also in its usual, larger size), APEM without one component at a time, and labels
-of the last step that come late.
+In the labour force, the full year, with more than 50,000 dollars of income. APEM,
+rankers of its number of parameters with a learning rate tuned likewise (MMoE also in
+its usual, larger size), APEM without one component, and labels that come late.
 
 Command:  python experiments/apem.py paper --config.data-dir DATA
-Machine:  two CPU cores.    Minutes: not measured yet.
-Expect:   not measured yet.
+Machine:  two CPU cores.    Minutes: about 40.
+Expect:   APEM is 0.1 points of mean AUC behind rankers of its size; all fields beside
+          its patterns bring 0.3; steps pick different patterns.
 """
 
 from collections import defaultdict
@@ -72,7 +72,7 @@ class Config:
     ablations: tuple[str, ...] = tuple(ABLATIONS)
     learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     training: Training = field(default_factory=Training)
-    seeds: int = 5
+    seeds: int = 3
 
 
 QUICK = Config(
@@ -214,7 +214,7 @@ def plot_fields(problem: RankingProblem, found: Sequence[Mapping[str, Any]]) -> 
     image = ax.imshow(100 * shares[:, order], cmap="Blues", vmin=0, aspect="auto")
     ax.set_yticks(range(len(shares)), problem.tasks)
     ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-    figure.colorbar(image, ax=ax, label="share of what a step reads, %")
+    figure.colorbar(image, ax=ax, label="share of reading, %")
     return figure
 
 
