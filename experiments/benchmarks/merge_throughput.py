@@ -23,6 +23,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +55,8 @@ with open(out, "wb", buffering=0) as target:
                     target.write(memoryview(buffer)[:count])
 """
 
+Method = Literal["linear", "task_arithmetic", "ties", "dare_ties"]  # as in mergekit
+
 
 @dataclass(frozen=True)
 class Config:
@@ -63,7 +66,7 @@ class Config:
     layers: int = 12
     width: int = 1536
     vocabulary: int = 32_000
-    methods: tuple[str, ...] = ("linear", "task_arithmetic", "ties", "dare_ties")
+    methods: tuple[Method, ...] = ("linear", "task_arithmetic", "ties", "dare_ties")
     rounds: int = 3
     mergekit: Path | None = None  # its command, in an environment of its own
     folder: Path | None = None  # where the checkpoints are made; temporary by default

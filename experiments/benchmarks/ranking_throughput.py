@@ -44,6 +44,14 @@ class Size:
     batch: int
 
 
+SIZES = {
+    "tiny": Size(4, (16,), (8,), 256),
+    "census": Size(4, (16,), (8,), 1024),
+    "middle": Size(16, (128, 64), (32,), 1024),
+    "large": Size(16, (256, 128), (64,), 4096),
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """What is measured, and for how long."""
@@ -52,11 +60,8 @@ class Config:
     """Interpreter of an environment with torch-rechub."""
     models: tuple[str, ...] = ("MMoE", "PLE")
     """Of "MMoE" (8 experts) and "PLE" (two levels; 2 own experts, 1 shared)."""
-    sizes: tuple[Size, ...] = (
-        Size(4, (16,), (8,), 1024),
-        Size(16, (128, 64), (32,), 1024),
-        Size(16, (256, 128), (64,), 4096),
-    )
+    sizes: tuple[str, ...] = ("census", "middle", "large")
+    """Of "tiny", "census", "middle" and "large"."""
     rows: int = 32_768
     """Examples of an epoch."""
     vocabulary: int = 100
@@ -118,12 +123,12 @@ def measure(config: Config) -> None:
     print_header(columns)
     for model in config.models:
         for size in config.sizes:
-            row(config, model, size, pythons, clock)
+            row(config, model, SIZES[size], pythons, clock)
     print(f"\nload at the end {os.getloadavg()[0]:.1f}", flush=True)
 
 
 Options = tyro.conf.OmitArgPrefixes[Config]
-QUICK = Config(sizes=(Size(4, (16,), (8,), 256),), rows=2048, rounds=1, seconds=0.1)
+QUICK = Config(sizes=("tiny",), rows=2048, rounds=1, seconds=0.1)
 
 
 def quick(config: Options = QUICK) -> None:
