@@ -8,7 +8,7 @@ tasks) and on MovieLens (what a user will think of a film, split by time).
 Command:  python experiments/recsys_study.py paper --config.data-dir DATA
 Machine:  two CPU cores.    Minutes: 60.
 Expect:   on the census PLE, AdaTT and DSelect-k gates gain a tenth of a point, on
-          MovieLens single networks and SNR half a point: docs/studies/recsys.md.
+          MovieLens SNR half a point: docs/studies/recsys.md.
 """
 
 import functools
