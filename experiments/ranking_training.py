@@ -284,10 +284,15 @@ def per_method(
             title = f"{prefix} {name}, seed {seed}".strip()
             progress.update(bar, description=title)
             path = out / "results" / f"{title.replace('/', '-')}.json"
-            results[name].append(kept(path, partial(methods[name], seed)))
-            jax.clear_caches()  # memory maps of programs are limited
+            results[name].append(kept(path, partial(_cleared, methods[name], seed)))
             progress.advance(bar)
     return results
+
+
+def _cleared(method: Callable[[int], dict[str, Any]], seed: int) -> dict[str, Any]:
+    found = method(seed)
+    jax.clear_caches()  # memory maps of programs are limited
+    return found
 
 
 def _pairs(seeds: int, methods: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

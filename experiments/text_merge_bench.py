@@ -18,7 +18,7 @@ Expect:   fully fine-tuned, the average keeps 92 % of the individual accuracy, t
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def merged(
     rows, cosines = [], []
     for seed in range(config.seeds):
         folder = out / f"seed_{seed}" / kind
-        bench = lru_cache(partial(prepare, config, kind, seed, out))  # if needed
+        bench = cache(partial(prepare, config, kind, seed, out))  # if needed
         matrix = lambda bench=bench: cosine_matrix(bench()).tolist()
         cosines.append(kept(folder / "cosines.json", matrix))
         for method in track((*report.REFERENCES, *methods), f"{kind}, seed {seed}"):

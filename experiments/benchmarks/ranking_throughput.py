@@ -19,9 +19,10 @@ Expect:   docs/benchmarks.md.
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import tyro
 from turns import (
@@ -50,6 +51,7 @@ SIZES = {
     "middle": Size(16, (128, 64), (32,), 1024),
     "large": Size(16, (256, 128), (64,), 4096),
 }
+SizeName = Literal["tiny", "census", "middle", "large"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class Config:
 
     rechub_python: Path | None = None
     """Interpreter of an environment with torch-rechub."""
-    models: tuple[str, ...] = ("MMoE", "PLE")
-    """Of "MMoE" (8 experts) and "PLE" (two levels; 2 own experts, 1 shared)."""
-    sizes: tuple[str, ...] = ("census", "middle", "large")
-    """Of "tiny", "census", "middle" and "large"."""
+    models: tuple[Literal["MMoE", "PLE"], ...] = ("MMoE", "PLE")
+    """MMoE has 8 experts; PLE two levels, 2 own experts and 1 shared."""
+    sizes: tuple[SizeName, ...] = ("census", "middle", "large")
+    """Of rankers and batches."""
     rows: int = 32_768
     """Examples of an epoch."""
     vocabulary: int = 100
@@ -76,30 +78,29 @@ class Config:
 def row(config: Config, model: str, size: Size, pythons: dict, clock: str) -> None:
     """Measures one ranker and prints its line."""
     cell = {"model": model, "rows": config.rows, "vocabulary": config.vocabulary}
-    cell |= {"embedding": size.embedding, "expert": size.expert, "tower": size.tower}
-    cell |= {"batch": size.batch, "seconds": config.seconds, "clock": clock}
+    cell |= {"seconds": config.seconds, "clock": clock} | asdict(size)
     workers = {
         library: Worker(python, f"{library}_ranking", cell)
         for library, python in pythons.items()
     }
     for worker in workers.values():
         worker.ready()
-    whats = ("step", "epoch")
-    times: dict = {(x, what): [] for x in workers for what in whats}
+    examples = {"step": size.batch, "epoch": config.rows}
+    times: dict = {(x, what): [] for x in workers for what in examples}
     for _ in range(config.rounds):
-        for what in whats:
+        for what in examples:
             for library, worker in workers.items():
                 times[library, what].append(worker.milliseconds(what))
     parameters = [worker.facts["parameters"] for worker in workers.values()]
     widths = ", ".join(map(str, size.expert))
     cells = [model, str(size.embedding), widths, str(size.batch)]
     cells.append(" / ".join(f"{n:,}" for n in parameters))
-    for what, examples in (("step", size.batch), ("epoch", config.rows)):
+    for what, count in examples.items():
         own = times["jax", what]
-        cells.append(f"{examples / median(own) * 1e3:,.0f}")
+        cells.append(f"{count / median(own) * 1e3:,.0f}")
         if "rechub" in workers:
             theirs = times["rechub", what]
-            cells.append(f"{examples / median(theirs) * 1e3:,.0f}")
+            cells.append(f"{count / median(theirs) * 1e3:,.0f}")
             cells.append(f"{median_ratio(theirs, own):.2f}")
     print_row(cells)
     for worker in workers.values():
