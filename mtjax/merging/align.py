@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
-from scipy.optimize import linear_sum_assignment
 
 from mtjax.merging.match import (
     Where,
@@ -282,6 +281,8 @@ class _Matcher:
 
 
 def _assigned(products) -> Int[np.ndarray, " units"]:
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     return linear_sum_assignment(products, maximize=True)[1]
 
 

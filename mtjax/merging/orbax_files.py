@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
-from mtjax.merging.checkpoint_files import Stored, identity_of
-from mtjax.merging.match import named_leaves
+from mtjax.merging.checkpoint_files import Checkpoint, Stored, identity_of
+from mtjax.merging.match import named_leaves, nested
 
 
 class OrbaxCheckpoint:
@@ -48,14 +49,14 @@ class OrbaxCheckpoint:
         """Reads elements from `begin` on into `out`, contiguous and of the dtype."""
         with self._lock:
             if self._last[0] != path:  # parts of one array are read in a row
+                self._last = None, None  # not two at once
                 self._last = path, self._load(path)
             values = self._last[1]
         out.reshape(-1)[:] = values[begin : begin + out.size]
 
     def _load(self, path: str) -> np.ndarray:
         stored = self.arrays[path]
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        leaf = jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
+        leaf = np.broadcast_to(np.zeros((), stored.dtype), stored.shape)  # no memory
         wanted = _nested(self._keys[path], leaf)
         with self._context:
             (values,) = jax.tree.leaves(ocp.load(str(self.folder), wanted))
@@ -65,9 +66,53 @@ class OrbaxCheckpoint:
         """Nothing stays open."""
 
 
-def save(folder: Path, tree: Any) -> None:
-    """Writes an orbax checkpoint, complete or not at all."""
-    ocp.save(str(folder), tree)
+def save(folder: Path, arrays: Checkpoint) -> None:
+    """Writes the tree of another checkpoint, with one of its arrays in memory.
+
+    Args:
+      folder: to write; seen only when it is complete.
+      arrays: to be written; slashes in their paths are levels of the tree.
+    """
+    tree = nested({path: _Later(arrays, path) for path in arrays.arrays})
+    types = orbax.type_handlers.create_type_handler_registry(
+        (_Later, _OneByOne()),
+        (jax.Array, orbax.type_handlers.ArrayHandler()),  # or orbax warns
+    )
+    handler = orbax.PyTreeCheckpointHandler(type_handler_registry=types)
+    composite = orbax.CompositeCheckpointHandler(pytree=handler)
+    with orbax.Checkpointer(composite) as checkpointer:
+        checkpointer.save(
+            str(folder), orbax.args.Composite(pytree=orbax.args.PyTreeSave(tree))
+        )
+
+
+class _Later:
+    """An array of another checkpoint, with what orbax asks before it is read."""
+
+    def __init__(self, source: Checkpoint, path: str):
+        self._source, self._path = source, path
+        stored = source.arrays[path]
+        self.shape, self.dtype = stored.shape, stored.dtype
+        self.ndim, self.size, self.nbytes = len(self.shape), stored.size, stored.nbytes
+
+    def read(self) -> np.ndarray:
+        values = np.empty(self.shape, self.dtype)
+        self._source.read_into(self._path, values)
+        return values
+
+
+class _OneByOne(orbax.type_handlers.NumpyHandler):
+    """Writes arrays one after the other, where orbax would hold copies of all."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values, infos, args=None):
+        for value, *about in zip(values, infos, args):
+            written = await super().serialize([value.read()], *([x] for x in about))
+            for future in written:
+                future.result()
+        return []
 
 
 def _keys(folder: Path, path: Any) -> list[str]:

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Array, DTypeLike, Key
 from rich.progress import Progress
@@ -107,8 +108,8 @@ def merge_checkpoints(
         differ as long as the paths of arrays agree; dots and slashes are the same.
       out: what to write, must not exist: a `.safetensors` file; or a folder in the
         base's layout, which is safetensors with the base's other files (configuration,
-        tokenizer), or orbax. Orbax is written at the end, from memory. Nothing is seen
-        at this place before it is complete.
+        tokenizer), or orbax. Orbax is written at the end, from a file beside it that
+        has the same size. Nothing is seen at this place before it is complete.
       base: the model that all were fine-tuned from.
       where: which arrays to merge; see `Merger`. Others, and arrays that are not
         floating point, are copied from the base (without one: from the first model).
@@ -178,11 +179,8 @@ def _run(plan: Plan, out: Path, identity: str | None, progress: bool) -> None:
     if identity is not None:
         opened = [reader.reference, *(c for c, _ in reader.columns)]
         identity = json.dumps([identity, [c.identity for c in opened]])
-    output: Output | TreeOutput
-    if reader.reference.is_tree and out.suffix != ".safetensors":
-        output = TreeOutput(out, plan.arrays)
-    else:
-        output = Output(out, plan.arrays, identity)
+    tree = reader.reference.is_tree and out.suffix != ".safetensors"
+    output = (TreeOutput if tree else Output)(out, plan.arrays, identity)
     with Progress(disable=not progress) as bar:
         task = bar.add_task("reading", total=plan.bytes_read)
 
@@ -233,8 +231,10 @@ def _merged(
 ) -> Iterator[tuple[str, np.ndarray, int]]:
     for unit, read in pieces:
         dtype, begin = plan.arrays[unit.path].dtype, unit.begin
-        for result in plan.reader.merger.merged(read, totals, dtype):
-            values = np.asarray(result).reshape(-1)
+        # JAX has no float64 as a rule; results are float32 then.
+        computed = jax.dtypes.canonicalize_dtype(dtype)
+        for result in plan.reader.merger.merged(read, totals, computed):
+            values = np.asarray(result, dtype).reshape(-1)
             yield unit.path, values, begin
             begin += values.size
 

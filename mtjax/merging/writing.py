@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mtjax.merging.checkpoint_files import INDEX, SafetensorsWriter, Stored
-from mtjax.merging.match import nested
+from mtjax.merging.checkpoint_files import (
+    INDEX,
+    SafetensorsCheckpoint,
+    SafetensorsWriter,
+    Stored,
+)
 
 SHARD = 5 * 10**9  # bytes per file of a folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
@@ -94,36 +98,23 @@ class Output:
         self._folder.replace(self._out)
 
 
-class TreeOutput:
-    """Collects a merged checkpoint in memory and writes it with orbax.
-
-    Args:
-      out: the target, which does not exist.
-      arrays: as in `Output`.
-    """
-
-    done: frozenset[str] = frozenset()
-
-    def __init__(self, out: Path, arrays: Mapping[str, Stored]):
-        """Reserves the memory."""
-        self._out = out
-        self._values = {p: np.empty(s.size, s.dtype) for p, s in arrays.items()}
-        self._shapes = {p: s.shape for p, s in arrays.items()}
-
-    def write(self, path: str, values: np.ndarray, begin: int) -> None:
-        """Writes a part of an array, from element `begin` on."""
-        self._values[path][begin : begin + values.size] = values.reshape(-1)
-
-    def close(self) -> None:
-        """Nothing stays open."""
+class TreeOutput(Output):
+    """An orbax checkpoint, written from the complete arrays one by one at the end."""
 
     def finish(self, copied_from: Path | None) -> None:
-        """Writes all; `copied_from` has no other files."""
+        """Puts the result in its place; `copied_from` has no other files."""
         from mtjax.merging.orbax_files import save
 
-        shapes = self._shapes
-        leaves = {p: values.reshape(shapes[p]) for p, values in self._values.items()}
-        save(self._out, nested(leaves))
+        self.close()
+        arrays = SafetensorsCheckpoint([self._folder / name for name in self._files])
+        tree = self._folder / "tree"
+        shutil.rmtree(tree, ignore_errors=True)  # of an attempt that was killed here
+        try:
+            save(tree, arrays)
+        finally:
+            arrays.close()
+        tree.replace(self._out)
+        shutil.rmtree(self._folder)
 
 
 def _files(arrays: Mapping[str, Stored], most: int | None) -> dict[str, list[str]]:

@@ -10,7 +10,14 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
-from mtjax.merging import merge_checkpoints, reading, task_arithmetic, ties, writing
+from mtjax.merging import (
+    merge_checkpoints,
+    orbax_files,
+    reading,
+    task_arithmetic,
+    ties,
+    writing,
+)
 from tests.merging.catalogue import KEY, METHODS, models_like
 
 SHAPES = {"layers.0.weight": (130, 400), "layers.1.weight": (130, 400), "norm": (8,)}
@@ -123,6 +130,48 @@ def test_orbax_and_safetensors_mix(tmp_path, trees):
     single = tmp_path / "single.safetensors"
     merge_checkpoints(merger, inputs, single, base=tmp_path / "base")
     np.testing.assert_allclose(load_file(single)["norm"], expected["norm"], rtol=1e-5)
+
+
+def test_an_interrupted_merge_into_orbax_goes_on(tmp_path, trees, monkeypatch):
+    base, models = trees
+    for name, tree in (("base", base), ("a", models[0])):
+        ocp.save(tmp_path / name, tree)
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax_files._Later, "read", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge_checkpoints(
+                task_arithmetic(),
+                [tmp_path / "a"],
+                tmp_path / "out",
+                base=tmp_path / "base",
+                identity="x",
+            )
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(writing.Output, "write", lambda *_: 1 / 0)  # all is there
+    merge_checkpoints(
+        task_arithmetic(),
+        [tmp_path / "a"],
+        tmp_path / "out",
+        base=tmp_path / "base",
+        identity="x",
+    )
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "base", "out"]
+    found = ocp.load(tmp_path / "out")
+    expected = task_arithmetic()(base, models[:1])
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("merger", [task_arithmetic(), ties(scope="tensor")])
+def test_float64_stays_float64(merger, tmp_path, trees):
+    wide = lambda tree: {path: np.asarray(x, np.float64) for path, x in tree.items()}
+    base, models = trees
+    paths = [save(tmp_path / f"{i}", wide(tree)) for i, tree in enumerate(models)]
+    merge_checkpoints(
+        merger, paths, tmp_path / "out", base=save(tmp_path / "base", wide(base))
+    )
+    found = loaded(tmp_path / "out")
+    assert {x.dtype for x in found.values()} == {np.dtype(np.float64)}
+    chex.assert_trees_all_close(found, wide(merger(base, models)), rtol=1e-5, atol=1e-6)
 
 
 def test_large_outputs_are_cut_into_files(tmp_path, folders, trees, monkeypatch):
