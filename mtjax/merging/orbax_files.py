@@ -108,8 +108,9 @@ class _OneByOne(orbax.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(self, values, infos, args=None):
-        for value, *about in zip(values, infos, args):
-            written = await super().serialize([value.read()], *([x] for x in about))
+        args = args or [orbax.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args):
+            written = await super().serialize([value.read()], [info], [arg])
             for future in written:
                 future.result()
         return []
