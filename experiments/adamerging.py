@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from experiments import merge_bench_models as merge_bench
 from experiments.merge_bench_measures import (
-    Images,
+    Inputs,
     Measures,
     batches,
     corrupted,
@@ -69,7 +69,7 @@ QUICK = Config(merge_bench.QUICK, seeds=1, steps=10, scales=(0.2, 0.4))
 def adapt(
     measures: Measures,
     vectors: Params,
-    images: Images,
+    inputs: Inputs,
     config: AdaMergingConfig,
     title: str,
     *,
@@ -78,14 +78,14 @@ def adapt(
     learning_rate: float,
     seed: int,
 ) -> adamerging.Adapted:
-    """Learns coefficients of task vectors on unlabelled images."""
+    """Learns coefficients of task vectors on unlabelled images or sentences."""
     with Progress() as progress:
         bar = progress.add_task(f"{title}, seed {seed}", total=steps)
         return adamerging.fit(
             measures.bench.logits,
             measures.bench.base,
             vectors,
-            batches(images, batch_size, seed),
+            batches(inputs, batch_size, seed),
             config,
             steps=steps,
             optimizer=optax.adam(learning_rate),

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from experiments import merge_bench_models as merge_bench
 from experiments.adamerging import adapt
-from experiments.merge_bench_measures import Images, Measures, mean_entropy
+from experiments.merge_bench_measures import Inputs, Measures, mean_entropy
 from experiments.merge_bench_seeds import per_seed, table
 from mtjax.losses import entropy_loss
 from mtjax.systems.adamerging import AdaMergingConfig
@@ -56,7 +56,7 @@ QUICK = Config(
     fractions=(0.1, 1.0),
     bins=5,
 )
-Learn = Callable[[Measures, Images, str], merge_bench.Params]
+Learn = Callable[[Measures, Inputs, str], merge_bench.Params]
 
 
 def unseen(m: Measures, config: Config, learn: Learn) -> dict[str, dict[str, float]]:
@@ -110,7 +110,7 @@ def correlations(
     m: Measures, params: merge_bench.Params, bins: int
 ) -> dict[str, float]:
     """Rank correlation of entropy and loss over images, over bins, over tasks."""
-    labels, loss = m.split("test", "labels"), softmax_cross_entropy_with_integer_labels
+    labels, loss = m.labels("test"), softmax_cross_entropy_with_integer_labels
     row, binned, means = {}, [], []
     for task, logits in m.logits(params, m.split("test")).items():
         entropies = jax.vmap(entropy_loss)(jnp.array(logits))

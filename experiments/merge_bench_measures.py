@@ -9,43 +9,47 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from experiments.merge_bench_models import Bench, Params
+from experiments.text_merge_bench_models import TextBench
 from mtjax import merging
 from mtjax.losses import entropy_loss
 
-Images = Mapping[str, np.ndarray]
-"""By task, uint8 of shape `(n, 28, 28)`."""
+Inputs = Mapping[str, Any]
+"""By task: images, uint8 of shape `(n, 28, 28)`, or the arrays of `n` sentences."""
 
 
 class Measures:
     """The models of one bench and how good merged ones are.
 
     Attributes:
-      bench: the models.
+      bench: the models; images or sentences.
       vectors: their task vectors, in the order of the tasks' names.
     """
 
-    def __init__(self, bench: Bench):
+    def __init__(self, bench: Bench | TextBench):
         """Takes the task vectors."""
         self.bench = bench
         self.vectors = merging.task_vectors(bench.base, bench.models)
         self._logits = jax.jit(bench.logits, static_argnums=1)
 
-    def split(self, name: str, field: str = "images") -> dict[str, np.ndarray]:
-        """One array of all tasks."""
-        return {t: self.bench.data[t][name][field] for t in self.bench.tasks}
+    def split(self, name: str) -> dict[str, Any]:
+        """The inputs of all tasks."""
+        return {t: self.bench.inputs(t, name) for t in self.bench.tasks}
 
-    def logits(self, params: Params, images: Images) -> dict[str, np.ndarray]:
-        """Of all images, by task."""
-        parts = lambda x: (x[i : i + 500] for i in range(0, len(x), 500))
+    def labels(self, name: str) -> dict[str, np.ndarray]:
+        """Of all tasks."""
+        return {t: self.bench.data[t][name]["labels"] for t in self.bench.tasks}
+
+    def logits(self, params: Params, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Of all inputs, by task."""
         of = lambda t, x: np.concatenate([self._logits(params, t, p) for p in parts(x)])
-        return {t: of(t, x) for t, x in images.items()}
+        return {t: of(t, x) for t, x in inputs.items()}
 
     def accuracy(
-        self, params: Params, split: str, images: Images | None = None
+        self, params: Params, split: str, inputs: Inputs | None = None
     ) -> dict[str, float]:
-        """In per cent, by task and their `mean`; of `images` instead of the split's."""
-        found = self.logits(params, self.split(split) if images is None else images)
-        labels = self.split(split, "labels")
+        """In per cent, by task and their `mean`; of `inputs` instead of the split's."""
+        found = self.logits(params, self.split(split) if inputs is None else inputs)
+        labels = self.labels(split)
         return with_mean({t: np.mean(found[t].argmax(-1) == labels[t]) for t in found})
 
     def individual(self, split: str = "test") -> dict[str, float]:
@@ -92,14 +96,31 @@ def mean_entropy(logits: Mapping[str, np.ndarray]) -> float:
     return float(np.mean([entropy_loss(jnp.array(z)) for z in logits.values()]))
 
 
-def batches(images: Images, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def number_of(inputs: Any) -> int:
+    """How many images or sentences there are."""
+    return len(jax.tree.leaves(inputs)[0])
+
+
+def rows(inputs: Any, which: Any) -> Any:
+    """Some of the images or sentences: an index of rows."""
+    return jax.tree.map(lambda x: x[which], inputs)
+
+
+def parts(inputs: Any, size: int = 500) -> list[Any]:
+    """In batches."""
+    starts = range(0, number_of(inputs), size)
+    return [rows(inputs, slice(i, i + size)) for i in starts]
+
+
+def batches(inputs: Inputs, size: int, seed: int) -> Iterator[dict[str, Any]]:
     """Unlabelled batches without end, drawn with replacement."""
     rng = np.random.default_rng(seed)
+    some = lambda x: rows(x, rng.integers(number_of(x), size=size))
     while True:
-        yield {t: x[rng.integers(len(x), size=size)] for t, x in images.items()}
+        yield {t: some(x) for t, x in inputs.items()}
 
 
-def corrupted(images: Images, kind: str, amount: float, seed: int) -> Images:
+def corrupted(images: Inputs, kind: str, amount: float, seed: int) -> Inputs:
     """The same images with `noise`, `blur`, or as they are (`clean`).
 
     Args:

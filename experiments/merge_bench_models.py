@@ -99,18 +99,26 @@ class Bench:
     data: dict[str, Splits]
     model: nn.Module
 
+    def inputs(self, task: str, split: str) -> np.ndarray:
+        """The images of a split."""
+        return self.data[task][split]["images"]
+
+    def encode(self, params: Params, images) -> jax.Array:
+        """What an encoder makes of images in 0..255, `(batch, 28, 28)`."""
+        return features(self.model, params, images)
+
     def logits(self, params: Params, task: str, images) -> jax.Array:
         """What an encoder and the task's head say; pure, may be jitted.
 
         Args:
           params: of the encoder.
           task: whose head.
-          images: `(batch, 28, 28)` in 0..255.
+          images: see `encode`.
 
         Returns:
           `(batch, classes)`.
         """
-        return outputs(self.heads[task], features(self.model, params, images))
+        return outputs(self.heads[task], self.encode(params, images))
 
     def accuracy(
         self, params: Params, task: str, split: str = "test", most: int | None = None

@@ -20,7 +20,8 @@ def per_seed(
     config: Any,
     out: Path,
     models: Path,
-    run: Callable[[merge_bench.Bench, Any, int], dict],
+    run: Callable[[Any, Any, int], dict],
+    prepare: Callable[[Any, int, Path], Any] = merge_bench.prepare,
 ) -> Results:
     """Runs an experiment for every seed that is not finished.
 
@@ -30,6 +31,7 @@ def per_seed(
       out: run folder of the experiment.
       models: run folder of the models.
       run: from models, configuration and seed to results in JSON types.
+      prepare: from the configuration of the models, seed and `models` to the bench.
 
     Returns:
       The results.
@@ -37,7 +39,7 @@ def per_seed(
     open_run_folder(out, config)
     results = []
     for seed in range(config.seeds):
-        bench = lambda seed=seed: merge_bench.prepare(config.bench, seed, models)
+        bench = lambda seed=seed: prepare(config.bench, seed, models)
         measure = lambda seed=seed, bench=bench: run(bench(), config, seed)
         results.append(kept(out / f"seed_{seed}.json", measure))
     return results

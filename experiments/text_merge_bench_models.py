@@ -25,6 +25,7 @@ from experiments.text_merge_bench_data import (
     DRAWN,
     SETS,
     VOCABULARY,
+    Arrays,
     Splits,
     load_data,
     taken,
@@ -87,7 +88,7 @@ QUICK = Config(
 class TextBench:
     """A base, its fine-tuned models and the data to measure them on.
 
-    What `merge_bench.measure` asks of a bench, this one has too.
+    What `merge_bench.measure` and `Measures` ask of a bench, this one has too.
 
     Attributes:
       tasks: their names.
@@ -107,6 +108,18 @@ class TextBench:
     data: dict[str, Splits]
     model: Bert
     frozen: Params
+
+    def inputs(self, task: str, split: str) -> Arrays:
+        """The sentences of a split."""
+        return {name: self.data[task][split][name] for name in ("ids", "mask")}
+
+    def encode(self, params: Params, sentences: Arrays) -> jax.Array:
+        """The vectors that an encoder makes of sentences."""
+        return features(self.model, joined(self.frozen, params), sentences)
+
+    def logits(self, params: Params, task: str, sentences: Arrays) -> jax.Array:
+        """What an encoder and the task's head say; pure, may be jitted."""
+        return outputs(self.heads[task], self.encode(params, sentences))
 
     def accuracy(
         self, params: Params, task: str, split: str = "test", most: int | None = None

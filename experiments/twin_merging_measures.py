@@ -13,8 +13,9 @@ import numpy as np
 from rich.progress import track
 
 from experiments import merge_bench_models as merge_bench
-from experiments.merge_bench_measures import Measures, with_mean
+from experiments.merge_bench_measures import Measures, parts, rows, with_mean
 from experiments.merge_bench_models import Bench
+from experiments.text_merge_bench_models import TextBench
 from mtjax.losses import entropy_loss
 from mtjax.merging.compressed import apply_vector, task_vector
 from mtjax.merging.experts import Experts, dense
@@ -25,7 +26,6 @@ from mtjax.systems.twin_merging import RouterConfig, TaskRouter, TwinMergingConf
 
 Row = dict[str, float]
 DEFAULT = TwinMergingConfig()
-SIZE = 500  # images at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +33,13 @@ class Twin:
     """Shared expert, router and accuracies for the tasks of one bench.
 
     Attributes:
-      bench: the models.
+      bench: the models; images or sentences.
       config: of the router.
       scales: tried for the shared expert, which is task arithmetic.
       key: of the router, and of random elements.
     """
 
-    bench: Bench
+    bench: Bench | TextBench
     config: RouterConfig
     scales: tuple[float, ...]
     key: jax.Array
@@ -75,16 +75,12 @@ class Twin:
 
     @cached_property
     def _see(self):
-        return jax.jit(self.apply_fn)
-
-    def apply_fn(self, params, images):
-        """What an encoder makes of images, which is what the router sees."""
-        return merge_bench.features(self.bench.model, params, images)
+        return jax.jit(self.bench.encode)
 
     def see(self, task: str, split: str) -> np.ndarray:
-        """What the shared expert makes of the images of a task."""
-        images = self.bench.data[task][split]["images"]
-        return np.concatenate([self._see(self.shared, x) for x in parts(images)])
+        """What the shared expert makes of a task's inputs, which the router sees."""
+        inputs = self.bench.inputs(task, split)
+        return np.concatenate([self._see(self.shared, x) for x in parts(inputs)])
 
     def fit(self, tasks: Sequence[str]) -> TaskRouter:
         """A router for some of the tasks."""
@@ -98,9 +94,9 @@ class Twin:
         args = self.bench.base, self.bench.models, config
         return twin_merging.twin_merge(*args, shared=self.shared, key=self.key)
 
-    def infer(self, experts: Experts, router: TaskRouter, images):
+    def infer(self, experts: Experts, router: TaskRouter, inputs):
         """What all heads say, and task and class where nobody names the task."""
-        z, weights = twin_merging.infer(self.apply_fn, experts, router, images)
+        z, weights = twin_merging.infer(self.bench.encode, experts, router, inputs)
         heads = self.bench.heads
         logits = {t: merge_bench.outputs(heads[t], z) for t in self.bench.tasks}
         return logits, twin_merging.routed_classes(logits, weights)
@@ -138,22 +134,17 @@ class Twin:
         plain = jax.tree.map(dense, experts, is_leaf=lambda x: isinstance(x, Sparse))
         right: dict[str, Row] = {"heads": {}, "routed heads": {}, "router": {}}
         for place, task in enumerate(experts.tasks):
-            part, found = self.bench.data[task]["test"], []
-            for x in parts(part["images"]):
+            true, found = self.bench.data[task]["test"]["labels"], []
+            for x in parts(self.bench.inputs(task, "test")):
                 logits, (chosen, classes) = self._infer(plain, self.router, x)
                 found.append(jnp.stack([logits[task].argmax(-1), chosen, classes]))
             named, chosen, classes = np.concatenate(found, axis=1)
-            same, true = chosen == place, part["labels"]
+            same = chosen == place
             right["heads"][task] = np.mean(named == true)
             right["routed heads"][task] = np.mean(same & (classes == true))
             right["router"][task] = np.mean(same)
         size = experts.nbytes + nbytes(self.router.variables)
         return {name: self.row(x, size) for name, x in right.items()}
-
-
-def parts(images: np.ndarray) -> list[np.ndarray]:
-    """In batches."""
-    return [images[i : i + SIZE] for i in range(0, len(images), SIZE)]
 
 
 def nbytes(tree: Any) -> int:
@@ -212,13 +203,13 @@ def disjoint(twin: Twin, left: str, right: str) -> Row:
 
 def costs(twin: Twin, experts: Experts) -> dict[str, Row]:
     """Time and memory of one batch, without the router."""
-    images = jnp.asarray(twin.bench.data[twin.bench.tasks[0]]["test"]["images"][:100])
-    number = len(experts.tasks)
+    images = rows(twin.bench.inputs(twin.bench.tasks[0], "test"), slice(100))
+    number, encode = len(experts.tasks), twin.bench.encode
     weights = jnp.full((len(images), number), 1 / number)
-    one = lambda w, x: twin.apply_fn(experts.mixed(w), x[None])[0]
+    one = lambda w, x: encode(experts.mixed(w), x[None])[0]
     ways = {
-        "shared expert": lambda w, x: twin.apply_fn(twin.shared, x),
-        "side branches": partial(apply_mixed, twin.apply_fn, experts),
+        "shared expert": lambda w, x: encode(twin.shared, x),
+        "side branches": partial(apply_mixed, encode, experts),
         "merged for each image": jax.vmap(one),
     }
     found = {}
