@@ -5,8 +5,9 @@ fine-tuned to calculate, complete words and name intents. The large model is ste
 the expert of the task, or by all of them when nobody says which task a prompt is of.
 
 Command:  python experiments/logits_fusion.py paper --config.models.data-dir DATA
-Machine:  two CPU cores.    Minutes: not known yet.
-Expect:   not measured yet; a pilot is on the page of the documentation.
+Machine:  two CPU cores.    Minutes: 10 per seed.
+Expect:   exact match 35 % with dynamic weights, 33 with weight 1, 37 by the experts
+          themselves; with all experts at once 5.
 """
 
 import time
@@ -40,7 +41,7 @@ class Config:
     """Models, and how they are put together."""
 
     models: texts.Config = field(default_factory=texts.Config)
-    seeds: int = 2  # of all models
+    seeds: int = 3  # of all models
     unseen: int = 100  # pieces of a text that no expert was trained for
     piece: int = 64  # bytes of a piece, to read and then to predict
     ta_scale: float = 0.4  # of the experts merged into one

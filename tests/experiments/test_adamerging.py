@@ -85,7 +85,9 @@ def test_entropy_tells_the_loss_of_those_who_are_right(right, expected):
     margins = {t: rng.uniform(0.1, 3, 20) * i for i, t in enumerate("ab", 1)}
     logits = {t: np.float32([x, 0 * x]).T for t, x in margins.items()}
     labels = {t: np.full(20, 0 if right else 1) for t in margins}
-    measures = SimpleNamespace(logits=lambda *_: logits, split=lambda *_: labels)
+    measures = SimpleNamespace(
+        logits=lambda *_: logits, labels=lambda *_: labels, split=lambda *_: None
+    )
     found = adamerging_ablations.correlations(measures, None, 4)
     names = ["a", "b", "mean", "4 bins", "tasks"]
     assert found == pytest.approx(dict.fromkeys(names, expected))
