@@ -9,6 +9,7 @@ from mtjax.merging.coefficients import (
     merge_with_coefficients,
 )
 from mtjax.merging.compressed import CompressedTasks, apply_vector
+from mtjax.merging.consensus import consensus
 from mtjax.merging.dare import dare
 from mtjax.merging.della import della, magprune
 from mtjax.merging.delta_guided import delta_guided
@@ -60,6 +61,7 @@ __all__ = [
     "average",
     "breadcrumbs",
     "chain",
+    "consensus",
     "dare",
     "della",
     "delta_guided",

@@ -312,7 +312,7 @@ def step(
     return Merger((Step(apply, totals, scope),), **flags)
 
 
-def add_up(vectors: Float[Array, "models ..."]) -> Float[Array, "..."]:
+def add_up(vectors: Num[Array, "models ..."]) -> Num[Array, "..."]:
     """The sum over models, unrolled: CPUs run it 40 times as fast as a reduction."""
     return reduce(operator.add, jnp.unstack(vectors))
 

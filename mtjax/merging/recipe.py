@@ -23,6 +23,7 @@ METHODS: dict[str, Callable[..., Merger]] = {
         merging.breadcrumbs,
         merging.pcb,
         merging.magmax,
+        merging.consensus,
         merging.model_stock,
         merging.delta_guided,
         merging.slerp,

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mtjax.merging import Merger, task_arithmetic
 from mtjax.merging.compressed import CompressedTasks, apply_vector, task_vector
+from mtjax.merging.consensus import wanted
 from mtjax.merging.masks import masked, pack_mask
 from mtjax.merging.match import Where, by_name, named_leaves, selected
 from mtjax.merging.selection import GRID, Accuracy, MergedModel, select_coefficient
@@ -109,8 +110,7 @@ def tall_mask(
     """
 
     def leaf(own: Float[Array, "..."], total: Float[Array, "..."]):
-        own, total = own.astype(jnp.float32), total.astype(jnp.float32)
-        return jnp.abs(own) > threshold * jnp.abs(total - own)
+        return wanted(own.astype(jnp.float32), total.astype(jnp.float32), threshold)
 
     return jax.tree.map(leaf, vector, merged)
 

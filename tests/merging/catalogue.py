@@ -43,6 +43,12 @@ METHODS = [
     _method(merging.breadcrumbs),
     _method(merging.pcb),
     _method(merging.magmax),
+    _method(merging.consensus),
+    _method(
+        merging.consensus,
+        "ties, consensus",
+        merging.chain(merging.ties(0.5, 1.0, reduction="sum"), merging.consensus()),
+    ),
     _method(merging.model_stock),
     _method(merging.delta_guided),
     _method(merging.slerp, models=(2,)),

@@ -1,5 +1,6 @@
 """Every method against its paper's formulas."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import TypeCheckError
 
 from mtjax import merging
 from mtjax.merging import chain
+from mtjax.systems.tall_masks import TallMasksConfig, consensus_vector, tall_masks
 from tests.merging import references
 from tests.merging.catalogue import KEY, models_like
 
@@ -142,6 +144,30 @@ def test_magmax():
         vector(merging.magmax(0.5)),
         0.5 * np.take_along_axis(VECTORS, largest[None], 0)[0],
     )
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_consensus(kept):
+    total = VECTORS.sum(0)
+    votes = np.abs(VECTORS) > 0.6 * np.abs(total[None] - VECTORS)
+    expected = np.where(votes.sum(0) >= kept, 0.5 * total, 0)
+    assert 0 < np.count_nonzero(expected) < total.size or kept in (0, 3)
+    close(vector(merging.consensus(0.6, kept, scale=0.5)), expected)
+    # Behind a method that leaves something out, masks compare with whole vectors.
+    trimmed = vector(merging.ties(0.4, 1.0, reduction="sum"))
+    votes = np.abs(VECTORS) > 0.6 * np.abs(trimmed[None] - VECTORS)
+    merger = chain(
+        merging.ties(0.4, 1.0, reduction="sum"), merging.consensus(0.6, kept)
+    )
+    close(vector(merger), np.where(votes.sum(0) >= kept, trimmed, 0))
+
+
+def test_consensus_is_that_of_tall_masks():
+    config = TallMasksConfig(thresholds=(0.4,))
+    models = {f"{i}": model for i, model in enumerate(MODELS)}
+    found = tall_masks(BASE, models, config=config)
+    expected = consensus_vector(found.compressed, 2)
+    chex.assert_trees_all_close(merging.consensus().vector(BASE, models), expected)
 
 
 def test_model_stock():
