@@ -29,6 +29,7 @@ METHODS: dict[str, Callable[..., Merger]] = {
         merging.slerp,
         merging.karcher,
         merging.lines,
+        merging.knots,
         merging.tsv_m,
         merging.iso_c,
         merging.iso_cts,
@@ -49,7 +50,8 @@ class Recipe:
     Attributes:
       models: checkpoints to merge, in this order; a mapping gives them names.
       out: new `.safetensors` file or folder.
-      method: name, or a list of steps such as `[{dare: {drop_rate: 0.9}}, ties]`.
+      method: name, or a list of steps such as `[{dare: {drop_rate: 0.9}}, ties]`; one
+        that works in the basis of another is its parameter, `[{knots: {merger: ties}}]`.
       parameters: arguments of the method if it is a name.
       base: checkpoint that the models were fine-tuned from.
       include: regular expression of the arrays to merge; all by default.
@@ -114,8 +116,12 @@ def make_merger(recipe: Recipe) -> Merger:
         return _step(recipe.method, recipe.parameters or {}, recipe.out_axis)
     if recipe.parameters:
         raise ValueError("`parameters` belong to each step when `method` is a list.")
+    return _steps(recipe.method, recipe.out_axis)
+
+
+def _steps(method: Method | list[Method], out_axis: int) -> Merger:
     steps = []
-    for entry in recipe.method:
+    for entry in method if isinstance(method, list) else [method]:
         name, parameters = entry, {}
         if isinstance(entry, Mapping):
             if len(entry) != 1:
@@ -123,7 +129,7 @@ def make_merger(recipe: Recipe) -> Merger:
                     f"a step must be one name with parameters, got {entry}."
                 )
             ((name, parameters),) = entry.items()
-        steps.append(_step(str(name), parameters or {}, recipe.out_axis))
+        steps.append(_step(str(name), parameters or {}, out_axis))
     if not steps:
         raise ValueError("`method` must name at least one step.")
     return chain(*steps)
@@ -141,6 +147,8 @@ def _step(name: str, parameters: Mapping[str, Any], out_axis: int) -> Merger:
     given = dict(parameters)
     if "out_axis" in takes:
         given.setdefault("out_axis", out_axis)
+    if "merger" in given:  # of `knots`: a method inside a method
+        given["merger"] = _steps(given["merger"], out_axis)
     try:
         return METHODS[name](**given)
     except TypeError as error:

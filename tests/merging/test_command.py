@@ -89,6 +89,27 @@ def test_a_recipe_with_steps_and_names(capsys, tmp_path, files):
     check(out, merger(base, models, key=jax.random.key(3)))
 
 
+def test_a_method_inside_a_method(capsys, tmp_path, files):
+    (base_file, *model_files), base, models = files
+    line = ("--base", base_file, "--models", *model_files, "--method", "knots")
+    out = tmp_path / "out.safetensors"
+    status, _, _ = run(capsys, *line, "--out", out, "--set", "merger=ties")
+    assert status == 0
+    knots = lambda merger: merging.knots(merger, out_axis=0)
+    check(out, knots(merging.ties())(base, models))
+    steps = "merger=[{dare: {drop_rate: 0.5}}, {ties: {density: 0.5}}]"
+    out = tmp_path / "steps.safetensors"
+    status, _, _ = run(capsys, *line, "--out", out, "--set", steps, "--seed", "3")
+    assert status == 0
+    merger = merging.chain(merging.dare(0.5), merging.ties(density=0.5))
+    check(out, knots(merger)(base, models, key=jax.random.key(3)))
+    for given, message in (("merger=[]", "at least one step"), ("x=1", "it takes")):
+        again = tmp_path / "again.safetensors"
+        status, _, text = run(capsys, *line, "--out", again, "--set", given)
+        assert status == 2
+        assert message in text
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
