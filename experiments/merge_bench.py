@@ -17,8 +17,9 @@ Expect:   of the individual models' accuracy the base has 83 %, the average 89, 
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,12 @@ def main(
     open_run_folder(out, config)
     rows, cosines, total = [], [], len(config.tasks)
     for seed in range(config.seeds):
-        bench = prepare(config, seed, out)
-        cosines.append(cosine_matrix(bench))
-        for method in track((*report.REFERENCES, *methods), f"seed {seed}"):
-            path = out / f"seed_{seed}" / f"{method}.json"
-            counts = [*(range(2, total) if method in OVER_TASKS else ()), total]
-            measured = lambda bench=bench, method=method, counts=counts: [
-                measure(bench, method, bench.tasks[:n]) for n in counts
-            ]
-            found = kept(path, measured, again=again)
-            rows += [{"seed": seed, **row} for row in found]
+        bench = cache(partial(prepare, config, seed, out))  # if needed
+        folder, title = out / f"seed_{seed}", f"seed {seed}"
+        given = bench, config.tasks, folder, methods, again, title, OVER_TASKS
+        found, matrix = of_one_seed(*given)
+        rows += [{"seed": seed, **row} for row in found]
+        cosines.append(matrix)
     matrix = np.mean(cosines, axis=0)
     summary = {"rows": rows, "tasks": config.tasks, "cosines": matrix.tolist()}
     write_atomically(out / "results.json", json.dumps(summary, indent=1))
@@ -123,6 +120,40 @@ def main(
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=120)
     return rows
+
+
+def of_one_seed(
+    bench: Callable[[], Any],
+    tasks: Sequence[str],
+    folder: Path,
+    methods: Sequence[str],
+    again: bool,
+    title: str,
+    over_tasks: Sequence[str] = (),
+) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """Measures what the folder does not have yet.
+
+    Args:
+      bench: makes or loads the models; called if something is missing.
+      tasks: of the bench.
+      folder: of the seed.
+      methods: beside the references.
+      again: measure them even if the folder has their numbers.
+      title: of the progress bar.
+      over_tasks: methods that are also measured on the first two tasks, three, ….
+
+    Returns:
+      Rows, and the cosines between task vectors.
+    """
+    rows = []
+    for method in track((*report.REFERENCES, *methods), title):
+        counts = [*(range(2, len(tasks)) if method in over_tasks else ()), len(tasks)]
+        measured = lambda method=method, counts=counts: [
+            measure(bench(), method, tasks[:n]) for n in counts
+        ]
+        rows += kept(folder / f"{method}.json", measured, again=again)
+    matrix = lambda: cosine_matrix(bench()).tolist()
+    return rows, kept(folder / "cosines.json", matrix)
 
 
 def measure(bench: Bench, method: str, tasks: Sequence[str]) -> dict[str, Any]:

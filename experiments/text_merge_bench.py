@@ -24,11 +24,9 @@ from typing import Any
 
 import numpy as np
 import tyro
-from rich.progress import track
 
 from experiments import merge_bench_report as report
-from experiments.kept import kept
-from experiments.merge_bench import METHODS, UNTUNED, cosine_matrix, measure
+from experiments.merge_bench import METHODS, UNTUNED, of_one_seed
 from experiments.text_merge_bench_models import KINDS, QUICK, Config, prepare
 from experiments.text_merge_bench_training import Kind
 from mtjax.training.commit import write_atomically
@@ -82,16 +80,11 @@ def merged(
     """The `rows` of all seeds and methods, and the mean `cosines` of task vectors."""
     rows, cosines = [], []
     for seed in range(config.seeds):
-        folder = out / f"seed_{seed}" / kind
         bench = cache(partial(prepare, config, kind, seed, out))  # if needed
-        matrix = lambda bench=bench: cosine_matrix(bench()).tolist()
-        cosines.append(kept(folder / "cosines.json", matrix))
-        for method in track((*report.REFERENCES, *methods), f"{kind}, seed {seed}"):
-            one = lambda bench=bench, method=method: measure(
-                bench(), method, config.tasks
-            )
-            path = folder / f"{method}.json"
-            rows.append({"seed": seed, **kept(path, one, again=again)})
+        folder, title = out / f"seed_{seed}" / kind, f"{kind}, seed {seed}"
+        found, matrix = of_one_seed(bench, config.tasks, folder, methods, again, title)
+        rows += [{"seed": seed, **row} for row in found]
+        cosines.append(matrix)
     return {"rows": rows, "cosines": np.mean(cosines, axis=0).tolist()}
 
 
