@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Key
 from rich.progress import Progress
 
-from mtjax.merging.checkpoint_files import Checkpoint, Stored, open_checkpoint
+from mtjax.merging.checkpoint_files import CODES, Checkpoint, Stored, open_checkpoint
 from mtjax.merging.depth import depth_of_blocks
 from mtjax.merging.match import (
     Mismatch,
@@ -34,6 +35,7 @@ from mtjax.merging.writing import Output, TreeOutput
 
 Missing = Literal["error", "unchanged"]
 _UNWRITTEN = 2  # parts that wait for the disk
+_FLOATS = tuple(dtype for dtype in CODES if jnp.issubdtype(dtype, jnp.floating))
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,18 @@ def merge_checkpoints(
       The plan.
 
     Raises:
-      ValueError: if models do not match, a file is damaged, or `out` exists. Nothing is
-        written then.
+      ValueError: if models do not match, a file is damaged, `out` exists, or `dtype` is
+        no type of floating point numbers. Nothing is written then.
     """
     out = Path(out).expanduser().resolve()
     if out.exists():
         raise ValueError(f"`out` must be new, but {out} exists.")
     merger.check(base is not None, key)
+    if dtype is not None and np.dtype(dtype) not in _FLOATS:
+        raise ValueError(
+            f"`dtype` must be one of {', '.join(x.name for x in _FLOATS)}, got "
+            f"{np.dtype(dtype).name}."
+        )
     if missing == "unchanged" and base is None:
         raise ValueError("`missing` can only be 'unchanged' if `base` is given.")
     with ExitStack() as stack:

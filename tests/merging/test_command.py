@@ -119,6 +119,8 @@ def test_a_method_inside_a_method(capsys, tmp_path, files):
         (["--method", "ties", "--set", "density"], "NAME=VALUE"),
         (["--method", "slerp"], "two models"),
         (["--method", "ties", "--dtype", "float12"], "float12"),
+        (["--method", "ties", "--dtype", "int8"], "float16, bfloat16"),
+        (["--method", "ties", "--dtype", "complex64"], "got complex64"),
         (["--method", "ties", "--missing", "maybe"], "unchanged"),
         (["--method", "ties", "--include", "none"], "at least one"),
         (["--method", "ties", "--recipe", "bad.yaml"], "unknown keys ['modles']"),

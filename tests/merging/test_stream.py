@@ -174,6 +174,16 @@ def test_float64_stays_float64(merger, tmp_path, trees):
     chex.assert_trees_all_close(found, wide(merger(base, models)), rtol=1e-5, atol=1e-6)
 
 
+def test_float32_becomes_float64_on_demand(tmp_path, folders, trees):
+    base, models = folders
+    merger, out = task_arithmetic(), tmp_path / "out"
+    merge_checkpoints(merger, models, out, base=base, dtype=np.float64)
+    found = loaded(out)
+    assert {x.dtype for x in found.values()} == {np.dtype(np.float64)}
+    expected = {path: np.asarray(x, np.float64) for path, x in merger(*trees).items()}
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_large_outputs_are_cut_into_files(tmp_path, folders, trees, monkeypatch):
     monkeypatch.setattr(writing, "SHARD", 300_000)
     base, models = folders
