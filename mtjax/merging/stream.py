@@ -216,6 +216,7 @@ def _run(plan: Plan, out: Path, identity: str | None, progress: bool) -> None:
                         pending.pop(0).result()
                 for write in pending:
                     write.result()
+            bar.update(task, description="finishing")
             output.finish(reader.reference.folder)
         finally:
             output.close()
