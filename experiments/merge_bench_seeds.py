@@ -21,7 +21,7 @@ def per_seed(
     out: Path,
     models: Path,
     run: Callable[[Any, Any, int], dict],
-    prepare: Callable[[Any, int, Path], Any] = merge_bench.prepare,
+    prepare: Callable[[Any, int, Path], Any] | None = None,
 ) -> Results:
     """Runs an experiment for every seed that is not finished.
 
@@ -31,15 +31,16 @@ def per_seed(
       out: run folder of the experiment.
       models: run folder of the models.
       run: from models, configuration and seed to results in JSON types.
-      prepare: from the configuration of the models, seed and `models` to the bench.
+      prepare: from the configuration of the models, seed and `models` to the bench; by
+        default that of the merge-bench.
 
     Returns:
       The results.
     """
     open_run_folder(out, config)
-    results = []
+    make, results = prepare or merge_bench.prepare, []
     for seed in range(config.seeds):
-        bench = lambda seed=seed: prepare(config.bench, seed, models)
+        bench = lambda seed=seed: make(config.bench, seed, models)
         measure = lambda seed=seed, bench=bench: run(bench(), config, seed)
         results.append(kept(out / f"seed_{seed}.json", measure))
     return results
