@@ -174,6 +174,12 @@ def merge_checkpoints(
             else stored
             for path, stored in reference.arrays.items()
         }
+        for path, stored in arrays.items():
+            if stored.dtype not in CODES:
+                raise ValueError(
+                    f"{path!r} has the type {stored.dtype.name}, which cannot be "
+                    f"written; known are {', '.join(x.name for x in CODES)}."
+                )
         kept = tuple(path for path in arrays if path not in reader.depths)
         plan = Plan(reader, arrays, kept, tuple(notes))
         if not dry_run:

@@ -161,6 +161,20 @@ def test_an_interrupted_merge_into_orbax_goes_on(tmp_path, trees, monkeypatch):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_type_that_no_file_holds_is_an_error(tmp_path):
+    tree = {"w": np.ones(3, np.float32), "phase": np.ones(2, np.complex64)}
+    for name in ("base", "a"):
+        ocp.save(tmp_path / name, tree)
+    with pytest.raises(ValueError, match="'phase' has the type complex64"):
+        merge_checkpoints(
+            task_arithmetic(),
+            [tmp_path / "a"],
+            tmp_path / "out",
+            base=tmp_path / "base",
+        )
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "base"]
+
+
 @pytest.mark.parametrize("merger", [task_arithmetic(), ties(scope="tensor")])
 def test_float64_stays_float64(merger, tmp_path, trees):
     wide = lambda tree: {path: np.asarray(x, np.float64) for path, x in tree.items()}
