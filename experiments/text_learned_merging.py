@@ -7,8 +7,9 @@ all tasks, which a router mixes for every sentence; beside task arithmetic TA.
 Command:  python -m experiments.text_learned_merging paper --config.bench.data-dir DATA
           (data and packages as in text_merge_bench.py; the models are those of its run
           folder, or are trained first)
-Machine:  two CPU cores.    Minutes: not known yet.
-Expect:   not measured yet.
+Machine:  two CPU cores.    Minutes: 15 per seed, models included.
+Expect:   of the individual accuracy layer-wise AdaMerging keeps 96.5 %, TA 95.7 (tuned
+          on labels), Twin-Merging 98.5: docs/studies/text_merge_bench.md
 """
 
 from dataclasses import dataclass, field
