@@ -50,8 +50,8 @@ class Recipe:
     Attributes:
       models: checkpoints to merge, in this order; a mapping gives them names.
       out: new `.safetensors` file or folder.
-      method: name, or a list of steps such as `[{dare: {drop_rate: 0.9}}, ties]`; one
-        that works in the basis of another is its parameter, `[{knots: {merger: ties}}]`.
+      method: name, or a list of steps such as `[{dare: {drop_rate: 0.9}}, ties]`; a
+        method inside another is its parameter, `[{knots: {merger: ties}}]`.
       parameters: arguments of the method if it is a name.
       base: checkpoint that the models were fine-tuned from.
       include: regular expression of the arrays to merge; all by default.
