@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from mtjax.merging.matrices import on_matrices, orthogonalised
+from mtjax.merging.matrices import on_matrices, one_by_one, orthogonalised, thin_svd
 from mtjax.merging.merger import Merger, add_up, chain
 from mtjax.merging.task_arithmetic import scale as scaled
 
@@ -26,7 +26,7 @@ def iso_c(scale: float = 1.0, *, out_axis: int = -1) -> Merger:
     """
 
     def merge(vectors):
-        u, s, v = jnp.linalg.svd(add_up(vectors), full_matrices=False)
+        u, s, v = thin_svd(add_up(vectors))
         return jnp.mean(s) * (u @ v)
 
     return chain(on_matrices(merge, out_axis), scaled(scale))
@@ -64,7 +64,7 @@ def iso_cts(scale: float = 1.0, common: float = 0.8, *, out_axis: int = -1) -> M
         shared = rank - own * len(vectors)
         u, s, v = (x[..., :shared] for x in _triplets(add_up(vectors)))
         residuals = vectors - (u @ u.T)[None] @ vectors
-        us, ss, vs = _triplets(residuals)
+        us, ss, vs = one_by_one(_triplets, residuals)
         left = jnp.concatenate([*jnp.unstack(us[..., :own]), u], axis=1)
         right = jnp.concatenate([*jnp.unstack(vs[..., :own]), v], axis=1)
         strength = jnp.concatenate([ss[:, :own].ravel(), s])
@@ -73,7 +73,7 @@ def iso_cts(scale: float = 1.0, common: float = 0.8, *, out_axis: int = -1) -> M
     return chain(on_matrices(merge, out_axis), scaled(scale))
 
 
-def _triplets(matrices):
+def _triplets(matrix):
     """Left vectors, values and right vectors, the vectors as columns."""
-    u, s, v = jnp.linalg.svd(matrices, full_matrices=False)
-    return u, s, jnp.swapaxes(v, -1, -2)
+    u, s, v = thin_svd(matrix)
+    return u, s, v.T

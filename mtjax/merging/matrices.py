@@ -1,7 +1,9 @@
 """Parameters as matrices, for methods that look at singular vectors."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -51,7 +53,31 @@ def from_matrices(
     return jnp.moveaxis(rows, 1, 1 + place)
 
 
+def one_by_one(
+    decompose: Callable[[Float[Array, "m n"]], Any], matrices: Float[Array, "batch m n"]
+) -> Any:
+    """Decomposes matrices one after the other, as `jax.vmap` would all at once.
+
+    jaxlib splits a batch over the threads of a CPU and waits for them. Where there are
+    two threads, two batches in one program wait for each other for ever (0.10.2).
+
+    Args:
+      decompose: such as `jnp.linalg.svd`.
+      matrices: what it is called with.
+
+    Returns:
+      What it returns, with the axis of the batch in front.
+    """
+    return jax.lax.map(decompose, matrices)
+
+
+def thin_svd(matrix: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
+    """Left vectors, values and right vectors (as rows), as many as there are values."""
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, v
+
+
 def orthogonalised(matrix: Float[Array, "m n"]) -> Float[Array, "m n"]:
     """The nearest matrix with orthonormal columns (or rows): the polar factor."""
-    u, _, v = jnp.linalg.svd(matrix, full_matrices=False)
+    u, _, v = thin_svd(matrix)
     return u @ v

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from mtjax.merging.matrices import on_matrices, orthogonalised
+from mtjax.merging.matrices import on_matrices, one_by_one, orthogonalised, thin_svd
 from mtjax.merging.merger import Merger, chain
 from mtjax.merging.task_arithmetic import scale as scaled
 
@@ -30,7 +30,7 @@ def tsv_m(scale: float = 1.0, *, out_axis: int = -1) -> Merger:
     def merge(vectors):
         rank = min(vectors.shape[1:])
         kept = max(1, rank // len(vectors))
-        u, s, v = jnp.linalg.svd(vectors, full_matrices=False)
+        u, s, v = one_by_one(thin_svd, vectors)
         left = jnp.concatenate(jnp.unstack(u[:, :, :kept]), axis=1)
         right = jnp.concatenate(jnp.unstack(v[:, :kept]), axis=0)
         strength = s[:, :kept].ravel()

@@ -12,6 +12,7 @@ Needs: fine-tunings of one base; neither data nor heads.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -20,7 +21,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from mtjax.merging.match import Where, named_leaves, selected
-from mtjax.merging.matrices import from_matrices, to_matrices
+from mtjax.merging.matrices import from_matrices, one_by_one, thin_svd, to_matrices
 from mtjax.merging.merger import Leaf, Merger, add_up, chain, combined, per_model, step
 from mtjax.merging.order_statistics import threshold
 from mtjax.transforms import project_orthogonal
@@ -239,13 +240,11 @@ def shared_subspace(
     Returns:
       $B$, with orthonormal columns; zero columns where tasks do not span so many.
     """
-    u, s, _ = jnp.linalg.svd(vectors, full_matrices=False)
+    u, s, _ = one_by_one(thin_svd, vectors)
     # A direction of no strength is arbitrary.
     there = s > 1e-6 * jnp.max(s, axis=1, keepdims=True)
     kept = jnp.where(there[:, None, :each], u[:, :, :each], 0)
-    both, strength, _ = jnp.linalg.svd(
-        jnp.concatenate(jnp.unstack(kept), axis=1), full_matrices=False
-    )
+    both, strength, _ = thin_svd(jnp.concatenate(jnp.unstack(kept), axis=1))
     return jnp.where((strength > 1e-6)[None], both, 0)[:, :shared]
 
 
@@ -328,7 +327,7 @@ def _smallest_minimiser(vectors, weights, basis):
     missing = jnp.sum(vectors * (vectors - merged[None]), axis=-1) / total
     if basis is None:
         rows = jnp.swapaxes(vectors, 0, 1)  # (out, models, in)
-        inverses = jnp.linalg.pinv(rows, rtol=1e-6)
+        inverses = one_by_one(partial(jnp.linalg.pinv, rtol=1e-6), rows)
         return jnp.einsum("omt,to->om", inverses, missing, precision="highest")
 
     # The projection ties the rows: conjugate gradients from zero stay in the span of
