@@ -5,7 +5,7 @@ and DOGE, whole and with one part taken away; each with its scale chosen on vali
 images. Then AdaMerging with and without DOGE's corrections in front.
 
 Command:  python experiments/doge.py paper --config.bench.data-dir DATA
-Machine:  two CPU cores.    Minutes: 9 per seed, and 20 for the models.
+Machine:  two CPU cores.    Minutes: 6 per seed, and 20 for the models.
 Expect:   DOGE keeps 92 % of the individual models' accuracy, TA 91; 91 without the
           projection or the correction, 77 without trimming.
 """
