@@ -6,6 +6,7 @@ for each value of `SETS`.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,3 +95,19 @@ def small_slice(data: dict[str, Splits], number: int) -> Splits:
         rows = [np.flatnonzero(labels == c)[:number] for c in range(labels.max() + 1)]
         few[task] = {k: x[np.concatenate(rows)] for k, x in splits["train"].items()}
     return few
+
+
+def number_of(inputs: Any) -> int:
+    """How many images or sentences there are."""
+    return len(jax.tree.leaves(inputs)[0])
+
+
+def taken(arrays: Any, rows: Any) -> Any:
+    """Some rows, given by an index, of an array or of all arrays."""
+    return jax.tree.map(lambda x: x[rows], arrays)
+
+
+def parts(arrays: Any, size: int = 500) -> list[Any]:
+    """All rows, in batches."""
+    starts = range(0, number_of(arrays), size)
+    return [taken(arrays, slice(i, i + size)) for i in starts]

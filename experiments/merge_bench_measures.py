@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from experiments.merge_bench_data import number_of, parts, taken
 from experiments.merge_bench_models import Bench, Params
 from experiments.text_merge_bench_models import TextBench
 from mtjax import merging
@@ -74,9 +75,13 @@ class Measures:
 
     def fixed(self, scales: Sequence[float]) -> tuple[float, dict[str, Params]]:
         """The best scale of task arithmetic, and the models without learning."""
-        base, models = self.bench.base, self.bench.models
         best = self.best_scale(scales)
-        return best, {
+        return best, self.unlearned(best)
+
+    def unlearned(self, best: float) -> dict[str, Params]:
+        """The models without learning, task arithmetic also with this scale."""
+        base, models = self.bench.base, self.bench.models
+        return {
             "base": base,
             "average": merging.average()(base, models),
             "TA (0.3)": self.scaled(0.3),
@@ -96,26 +101,10 @@ def mean_entropy(logits: Mapping[str, np.ndarray]) -> float:
     return float(np.mean([entropy_loss(jnp.array(z)) for z in logits.values()]))
 
 
-def number_of(inputs: Any) -> int:
-    """How many images or sentences there are."""
-    return len(jax.tree.leaves(inputs)[0])
-
-
-def rows(inputs: Any, which: Any) -> Any:
-    """Some of the images or sentences: an index of rows."""
-    return jax.tree.map(lambda x: x[which], inputs)
-
-
-def parts(inputs: Any, size: int = 500) -> list[Any]:
-    """In batches."""
-    starts = range(0, number_of(inputs), size)
-    return [rows(inputs, slice(i, i + size)) for i in starts]
-
-
 def batches(inputs: Inputs, size: int, seed: int) -> Iterator[dict[str, Any]]:
     """Unlabelled batches without end, drawn with replacement."""
     rng = np.random.default_rng(seed)
-    some = lambda x: rows(x, rng.integers(number_of(x), size=size))
+    some = lambda x: taken(x, rng.integers(number_of(x), size=size))
     while True:
         yield {t: some(x) for t, x in inputs.items()}
 

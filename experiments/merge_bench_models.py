@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from experiments.merge_bench_data import SETS, TURNED, Splits, load_data
+from experiments.merge_bench_data import SETS, TURNED, Splits, load_data, parts, taken
 from experiments.merge_bench_training import (
     Params,
     features,
@@ -134,12 +134,10 @@ class Bench:
         Returns:
           A number from 0 to 1.
         """
-        part = {name: x[:most] for name, x in self.data[task][split].items()}
-        right = 0
-        for i in range(0, len(part["labels"]), 500):
-            batch = {name: x[i : i + 500] for name, x in part.items()}
+        some, right = taken(self.data[task][split], slice(most)), 0
+        for batch in parts(some):
             right += int(_right(self.model, params, self.heads[task], batch))
-        return right / len(part["labels"])
+        return right / len(some["labels"])
 
 
 def prepare(config: Config, seed: int, out: Path) -> Bench:

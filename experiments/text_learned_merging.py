@@ -60,7 +60,7 @@ def run(bench: texts.TextBench, config: Config, seed: int) -> dict[str, Any]:
     twin = Twin(bench, config.router, config.scales, jax.random.key(seed))
     measures, one = twin.measures, nbytes(bench.base)
     stream = measures.split("test")
-    _, models = measures.fixed(config.scales)
+    models = measures.unlearned(twin.scale)
     entropies, outside = {}, {}
     for granularity in ("task", "layer"):
         found = adapt(

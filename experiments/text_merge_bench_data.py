@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.merge_bench_data import taken
 from mtjax.data import as_arrays, tfds_source
 
 Arrays = dict[str, np.ndarray]
@@ -111,11 +112,6 @@ def drawn(number: int, seed: int) -> Arrays:
     ids = np.array(ids, np.int32)
     mask = np.arange(TOKENS) < rng.integers(TOKENS // 2, TOKENS + 1, (number, 1))
     return {"ids": np.where(mask, ids, 0), "mask": mask, "labels": labels}
-
-
-def taken(arrays: Arrays, rows: np.ndarray) -> Arrays:
-    """Some rows of all arrays."""
-    return {name: x[rows] for name, x in arrays.items()}
 
 
 def trimmed(arrays: Arrays, step: int = 8) -> Arrays:

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from experiments.merge_bench_data import small_slice
+from experiments.merge_bench_data import small_slice, taken
 from experiments.merge_bench_training import outputs, rough_head
 from experiments.text_merge_bench_data import (
     DRAWN,
@@ -28,7 +28,6 @@ from experiments.text_merge_bench_data import (
     Arrays,
     Splits,
     load_data,
-    taken,
     trimmed,
 )
 from experiments.text_merge_bench_training import (
@@ -135,7 +134,7 @@ class TextBench:
         Returns:
           A number from 0 to 1.
         """
-        part = {name: x[:most] for name, x in self.data[task][split].items()}
+        part = taken(self.data[task][split], slice(most))
         # Sentences of one length together: less padding, the same number.
         order = np.argsort(part["mask"].sum(1), kind="stable")
         whole, right = joined(self.frozen, params), 0

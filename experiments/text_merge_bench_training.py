@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from experiments.merge_bench_data import taken
 from experiments.merge_bench_training import outputs
-from experiments.text_merge_bench_data import Arrays, taken, trimmed
+from experiments.text_merge_bench_data import Arrays, trimmed
 from mtjax.merging import lora_task_vector
 from mtjax.nn.bert import Bert, sentence_vectors
 

@@ -76,7 +76,7 @@ def run(bench: Bench, config: Config, seed: int) -> dict[str, Any]:
     """All numbers of one seed."""
     twin = Twin(bench, config.router, config.scales, jax.random.key(seed))
     one, tasks = nbytes(bench.base), bench.tasks
-    _, models = twin.measures.fixed(config.scales)
+    models = twin.measures.unlearned(twin.scale)
     rows = {n: twin.fixed(dict.fromkeys(tasks, p), one) for n, p in models.items()}
     rows["fine-tuned"] = twin.fixed(bench.models, len(tasks) * one)
     default = twin.experts()

@@ -13,7 +13,8 @@ import numpy as np
 from rich.progress import track
 
 from experiments import merge_bench_models as merge_bench
-from experiments.merge_bench_measures import Measures, parts, rows, with_mean
+from experiments.merge_bench_data import parts, taken
+from experiments.merge_bench_measures import Measures, with_mean
 from experiments.merge_bench_models import Bench
 from experiments.text_merge_bench_models import TextBench
 from mtjax.losses import entropy_loss
@@ -203,7 +204,7 @@ def disjoint(twin: Twin, left: str, right: str) -> Row:
 
 def costs(twin: Twin, experts: Experts) -> dict[str, Row]:
     """Time and memory of one batch, without the router."""
-    images = rows(twin.bench.inputs(twin.bench.tasks[0], "test"), slice(100))
+    images = taken(twin.bench.inputs(twin.bench.tasks[0], "test"), slice(100))
     number, encode = len(experts.tasks), twin.bench.encode
     weights = jnp.full((len(images), number), 1 / number)
     one = lambda w, x: encode(experts.mixed(w), x[None])[0]

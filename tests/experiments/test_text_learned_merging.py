@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 
 from experiments import text_learned_merging, text_merge_bench_models
-from experiments.merge_bench_measures import Measures, batches, parts, rows
-from experiments.text_merge_bench import QUICK as TEXTS
+from experiments.merge_bench_data import parts, taken
+from experiments.merge_bench_measures import Measures, batches
 from experiments.twin_merging_measures import Twin
 from mtjax.nn.side_branches import apply_mixed
 from mtjax.systems.twin_merging import RouterConfig, TwinMergingConfig
+from tests.experiments.test_text_merge_bench import TINY
 
-TINY = replace(
-    TEXTS,
-    tasks=("drawn_0", "drawn_1"),
-    train=32,
-    validation=32,
-    test=32,
-    epochs=2,
-)
 ROUTER = RouterConfig(epochs=5, batch_size=16, learning_rate=1e-2)
 
 
@@ -53,13 +46,13 @@ def test_sentences_are_cut_and_drawn_whole(bench):
 def test_mixtures_of_text_experts_are_those_of_merged_encoders(bench):
     twin = Twin(bench, ROUTER, (0.3,), jax.random.key(0))
     experts = twin.experts(TwinMergingConfig(rho=0.5))
-    sentences = rows(bench.inputs("drawn_0", "test"), slice(4))
+    sentences = taken(bench.inputs("drawn_0", "test"), slice(4))
     weights = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.7]])
-    found = jax.jit(
-        lambda w, x: apply_mixed(bench.encode, experts, w, x),
-    )(weights, sentences)
+    found = jax.jit(lambda w, x: apply_mixed(bench.encode, experts, w, x))(
+        weights, sentences
+    )
     for i, weight in enumerate(weights):
-        one = bench.encode(experts.mixed(weight), rows(sentences, slice(i, i + 1)))
+        one = bench.encode(experts.mixed(weight), taken(sentences, slice(i, i + 1)))
         np.testing.assert_allclose(found[i], one[0], atol=1e-5)
 
 

@@ -136,25 +136,20 @@ def test_an_interrupted_merge_into_orbax_goes_on(tmp_path, trees, monkeypatch):
     base, models = trees
     for name, tree in (("base", base), ("a", models[0])):
         ocp.save(tmp_path / name, tree)
-    with monkeypatch.context() as patched:
-        patched.setattr(orbax_files._Later, "read", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            merge_checkpoints(
-                task_arithmetic(),
-                [tmp_path / "a"],
-                tmp_path / "out",
-                base=tmp_path / "base",
-                identity="x",
-            )
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(writing.Output, "write", lambda *_: 1 / 0)  # all is there
-    merge_checkpoints(
+    merge = lambda: merge_checkpoints(
         task_arithmetic(),
         [tmp_path / "a"],
         tmp_path / "out",
         base=tmp_path / "base",
         identity="x",
     )
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax_files._Later, "read", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(writing.Output, "write", lambda *_: 1 / 0)  # all is there
+    merge()
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "base", "out"]
     found = ocp.load(tmp_path / "out")
     expected = task_arithmetic()(base, models[:1])
